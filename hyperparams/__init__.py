@@ -1,0 +1,1 @@
+"""Hyperparameters for RL Zoo, as YAML files and, for ``-conf``, as modules."""

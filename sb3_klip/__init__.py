@@ -1,0 +1,29 @@
+"""
+KLip-PPO for Stable-Baselines3: PPO-Clip as a KL penalty with one coefficient per sample.
+
+The names below are imported on first use: the RL Zoo hook, which runs when torch is imported, lives in this package, and
+must not pull in Stable-Baselines3.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sb3_klip import coefficients, surrogate, zoo
+    from sb3_klip.klip_ppo import KLipPPO
+
+__version__ = "0.1.0"
+
+__all__ = ["KLipPPO", "__version__", "coefficients", "surrogate", "zoo"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KLipPPO":
+        return importlib.import_module("sb3_klip.klip_ppo").KLipPPO
+    if name in __all__:
+        return importlib.import_module(f"sb3_klip.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

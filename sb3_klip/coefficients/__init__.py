@@ -1,0 +1,37 @@
+"""
+The coefficient β, one word each: how strongly each sample's gradient is taken back.
+
+A coefficient is a function of detached per-sample tensors that returns the *gate* g in β = -w Â g (0 leaves a sample
+alone, 1 removes its gradient, more than 1 pushes it back)::
+
+    from sb3_klip import KLipPPO
+    from sb3_klip.coefficients import register
+
+
+    @register("late_ramp")
+    def late_ramp(ratio, advantages, clip_range, progress, *, width=0.1):
+        distance = harmful_distance(ratio, advantages, clip_range)
+        return (distance / width).clamp(0, 1) * (1 - progress)
+
+
+    model = KLipPPO("MlpPolicy", "Hopper-v4", beta="late_ramp", beta_kwargs={"width": 0.2})
+
+Its arguments without a default are what it asks for (:data:`QUANTITIES`), its keyword-only arguments with a default are its
+parameters. A coefficient of the KL-penalty family returns a pair: the gate, and a *weight* on the KL estimate that its
+parameter or attribute ``estimator`` names.
+"""
+
+from sb3_klip.coefficients.base import ESTIMATORS, QUANTITIES, Coefficient, CoefficientLike, available, make, register
+from sb3_klip.coefficients.gates import none, step
+
+__all__ = [
+    "ESTIMATORS",
+    "QUANTITIES",
+    "Coefficient",
+    "CoefficientLike",
+    "available",
+    "make",
+    "none",
+    "register",
+    "step",
+]

@@ -1,0 +1,144 @@
+"""Parameters of a coefficient: which values are allowed, and what they are at a given point of training."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
+
+from sb3_klip.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class Interval:
+    """
+    Numbers that a parameter may take.
+
+    :param low: lower end
+    :param high: upper end
+    :param open: whether the ends themselves are excluded
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low < value < self.high if self.open else self.low <= value <= self.high
+
+    def nearest(self, value: float) -> float:
+        """The allowed number nearest to ``value``; an excluded end is kept off by 1e-8."""
+        margin = 1e-8 if self.open else 0.0
+        return min(max(value, self.low + margin), self.high - margin)
+
+    def __str__(self) -> str:
+        less = "<" if self.open else "<="
+        low = f"{self.low:g} {less} " if math.isfinite(self.low) else ""
+        high = f" {less} {self.high:g}" if math.isfinite(self.high) else ""
+        return f"{low}value{high}" if low or high else "any number"
+
+
+# What coefficients write in their signatures, as in `def ramp(..., *, width: NonNegative = 0.05)`.
+Number: TypeAlias = Annotated[float, Interval()]
+NonNegative: TypeAlias = Annotated[float, Interval(0.0)]
+Positive: TypeAlias = Annotated[float, Interval(0.0, open=True)]
+Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0)]
+
+Schedule: TypeAlias = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword-only argument of a coefficient: its name, its default, and what it may be."""
+
+    name: str
+    default: Any
+    interval: Interval | None = None
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+
+    @classmethod
+    def of(cls, argument: inspect.Parameter) -> "Parameter":
+        """Read the declaration off a signature."""
+        annotation, default = argument.annotation, argument.default
+        if get_origin(annotation) is Literal:
+            return cls(argument.name, default, choices=get_args(annotation))
+        for part in (annotation, *get_args(annotation)):
+            if get_origin(part) is Annotated:
+                interval = next((extra for extra in get_args(part)[1:] if isinstance(extra, Interval)), None)
+                return cls(argument.name, default, interval, optional=default is None)
+        is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        return cls(argument.name, default, Interval() if is_number else None, optional=default is None)
+
+    def check(self, value: Any, owner: str) -> None:
+        """
+        Refuse a value that the parameter cannot take, a schedule by its value at the start of training.
+
+        :param value: as the user gave it
+        :param owner: name of the coefficient, for the message
+        :raises TypeError: if the value is neither a number nor a schedule
+        :raises ValueError: if it is out of range
+        """
+        if self.choices:
+            if value not in self.choices:
+                hint = did_you_mean(value, self.choices)
+                raise ValueError(f"{self.name}={value!r} of {owner!r} must be one of {_listing(self.choices)}.{hint}")
+        elif self.interval is not None and not (self.optional and value is None):
+            number = at_progress(value, 1.0, f"{self.name} of {owner!r}")
+            if math.isnan(number) or number not in self.interval:
+                start = "" if number == value else f", which starts at {number:g},"
+                raise ValueError(f"{self.name}={value!r} of {owner!r}{start} is out of range: {self.interval}")
+
+    def value(self, given: Any, progress_remaining: float, owner: str) -> Any:
+        """
+        The value in force; a schedule that leaves the allowed range later on is held at its end.
+
+        :param given: as the user gave it
+        :param progress_remaining: from 1 (start) to 0 (end of training)
+        :param owner: name of the coefficient, for the message
+        """
+        if self.interval is None or given is None:
+            return given
+        number = at_progress(given, progress_remaining, f"{self.name} of {owner!r}")
+        if math.isnan(number):
+            raise ValueError(f"{self.name}={given!r} of {owner!r} is NaN at progress_remaining={progress_remaining:g}")
+        return self.interval.nearest(number)
+
+    def __str__(self) -> str:
+        allowed = f"one of {_listing(self.choices)}, " if self.choices else f"{self.interval}, " if self.interval else ""
+        return f"{self.name} ({allowed}default {self.default!r})"
+
+
+def at_progress(value: Any, progress_remaining: float, name: str) -> float:
+    """
+    Evaluate a number, ``"lin_x"`` (from x down to 0, as in RL Zoo) or a callable of the remaining progress.
+
+    :raises TypeError: if it is none of these
+    """
+    if isinstance(value, str) and value.startswith("lin_"):
+        try:
+            return float(value[4:]) * progress_remaining
+        except ValueError:
+            pass
+    elif callable(value):
+        return float(value(progress_remaining))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number, 'lin_x' or a function of the remaining progress, not {value!r}")
+
+
+def check_names(given: Mapping[str, Any], parameters: Mapping[str, Parameter], owner: str) -> None:
+    """
+    Refuse parameters that a coefficient does not have.
+
+    :raises TypeError: naming the parameter, the nearest valid one and all valid ones
+    """
+    for name in given:
+        if name not in parameters:
+            hint = did_you_mean(name, parameters)
+            takes = f"It takes: {'; '.join(map(str, parameters.values()))}" if parameters else "It takes none"
+            raise TypeError(f"coefficient {owner!r} has no parameter {name!r}.{hint} {takes}.")
+
+
+def _listing(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(repr, values))

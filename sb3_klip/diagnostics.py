@@ -1,0 +1,153 @@
+"""What an update logs: kept as it is per minibatch, reduced once per epoch, read by the host once per update."""
+
+from typing import NamedTuple
+
+import torch as th
+
+from sb3_klip.partition import partition
+from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, per_sample_beta
+
+
+class Minibatch(NamedTuple):
+    """
+    The detached tensors of one minibatch of B samples.
+
+    :param terms: what the surrogate computed, shape (B,)
+    :param advantages: advantage Â as the loss saw it, shape (B,)
+    :param mask: samples that count, shape (B,), or None for all
+    :param value_loss: scalar
+    :param entropy_loss: scalar
+    """
+
+    terms: PerSampleKL
+    advantages: th.Tensor
+    mask: th.Tensor | None
+    value_loss: th.Tensor
+    entropy_loss: th.Tensor
+
+    def approx_kl(self) -> th.Tensor:
+        """SB3's ``train/approx_kl``, the k3 estimate of KL(π_old ‖ π_new); scalar."""
+        return masked_mean((self.terms.ratio - 1) - self.terms.log_ratio, self.mask)
+
+    def non_finite(self) -> str | None:
+        """The first quantity that is NaN or infinite, in the order of their computation, and its value."""
+        terms = self.terms
+        # A ratio that overflowed does no harm where the coefficient removes the sample.
+        let_through = terms.ratio.masked_fill(terms.gate == 1, 1.0)
+        for name, tensor in (
+            ("an advantage", self.advantages),
+            ("the log of an importance ratio", terms.log_ratio),
+            ("the gate of the coefficient", terms.gate),
+            ("the weight of the coefficient", terms.weight),
+            ("the KL estimate", terms.estimate),
+            ("the importance ratio of a sample that the coefficient lets through", let_through),
+            ("the value loss", self.value_loss),
+            ("the entropy loss", self.entropy_loss),
+        ):
+            if tensor is not None:
+                counted = tensor if self.mask is None or tensor.ndim == 0 else tensor[self.mask]
+                bad = counted[~counted.isfinite()]
+                if bad.numel() > 0:
+                    return f"{name} is {bad[0].item()}"
+        return None
+
+
+class UpdateLog:
+    """
+    The diagnostics of one ``train()``.
+
+    While minibatches run, no number is read back from the device.
+
+    :param clip_range: half-width ε in force
+    :param estimator: the KL estimate that the coefficient puts a weight on, if any
+    """
+
+    def __init__(self, clip_range: float, estimator: str | None):
+        self.clip_range = clip_range
+        self.estimator = estimator
+        self.minibatches: list[Minibatch] = []
+        self.gradient_norms: list[th.Tensor] = []
+        self._epochs: list[dict[str, th.Tensor]] = []
+        self._counts: list[int] = []
+
+    def begin_epoch(self) -> None:
+        """Forget the minibatches of the last epoch."""
+        self.minibatches, self.gradient_norms = [], []
+
+    def first_non_finite(self) -> tuple[int, str] | None:
+        """
+        The first step of the epoch whose gradient is NaN or infinite.
+
+        :return: index of its minibatch and what went wrong; None if all gradients are finite
+        """
+        if not self.gradient_norms or bool(th.stack(self.gradient_norms).isfinite().all()):
+            return None
+        index, norm = next((i, norm) for i, norm in enumerate(self.gradient_norms) if not norm.isfinite())
+        return index, self.minibatches[index].non_finite() or f"the norm of the gradient is {norm.item()}"
+
+    def end_epoch(self) -> None:
+        """Reduce the epoch's minibatches to the sum over minibatches of each one's mean, as SB3 weighs them."""
+        terms = [minibatch.terms for minibatch in self.minibatches]
+        keep = None if self.minibatches[0].mask is None else th.cat([m.mask for m in self.minibatches])  # type: ignore[misc]
+
+        def join(tensors: list[th.Tensor]) -> th.Tensor:
+            return th.cat(tensors) if keep is None else th.cat(tensors)[keep]
+
+        ratio, log_ratio = join([t.ratio for t in terms]), join([t.log_ratio for t in terms])
+        gate, loss = join([t.gate for t in terms]), join([t.loss for t in terms])
+        advantages = join([m.advantages for m in self.minibatches])
+        weight = estimate = None
+        if self.estimator is not None:
+            weight, estimate = join([t.weight for t in terms]), join([t.estimate for t in terms])  # type: ignore[misc]
+
+        kill, outside, _ = partition(ratio, advantages, self.clip_range)
+        beta = per_sample_beta(ratio, advantages, gate)
+        kl_penalty = -beta * log_ratio
+        if weight is not None and estimate is not None:
+            kl_penalty = kl_penalty + weight * estimate
+            beta = per_sample_beta(ratio, advantages, gate, weight, self.estimator)
+
+        policy_loss = -clip_objective(ratio, advantages, self.clip_range)
+        per_sample = {
+            "policy_gradient_loss": policy_loss,
+            "clip_fraction": ((ratio - 1).abs() > self.clip_range).to(ratio.dtype),
+            "approx_kl": (ratio - 1) - log_ratio,
+            "kill_fraction": kill.to(ratio.dtype),
+            "pass_fraction": outside.to(ratio.dtype),
+            "beta_mean": beta,
+            "kl_penalty": kl_penalty,
+            "klip_loss": loss,
+        }
+        sizes = th.tensor([len(m.advantages) if m.mask is None else int(m.mask.sum()) for m in self.minibatches])
+        share = sizes.to(ratio.dtype).reciprocal().repeat_interleave(sizes).to(ratio.device)
+        epoch = dict(zip(per_sample, (th.stack(list(per_sample.values())) * share).sum(dim=1), strict=True))
+        epoch["value_loss"] = th.stack([m.value_loss for m in self.minibatches]).sum()
+        epoch["entropy_loss"] = th.stack([m.entropy_loss for m in self.minibatches]).sum()
+        epoch["beta_abs_max"] = beta.abs().max()
+        self._last_policy_loss = policy_loss[-int(sizes[-1]) :].mean()
+        self._epochs.append(epoch)
+        self._counts.append(len(self.minibatches))
+
+    def summary(self, ent_coef: float, vf_coef: float) -> dict[str, float]:
+        """
+        Read the diagnostics.
+
+        As in SB3, ``approx_kl`` is that of the last epoch and ``loss`` that of the last minibatch; all else is a mean over
+        the minibatches of the update.
+
+        :param ent_coef: entropy coefficient
+        :param vf_coef: value function coefficient
+        :return: value by logger key, without the ``train/`` prefix
+        """
+        names = list(self._epochs[0])
+        table = th.stack([th.stack([epoch[name] for name in names]) for epoch in self._epochs]).tolist()
+        total = sum(self._counts)
+        logs = {name: sum(column) / total for name, column in zip(names, zip(*table, strict=True), strict=True)}
+        last_epoch = dict(zip(names, table[-1], strict=True))
+        logs["approx_kl"] = last_epoch["approx_kl"] / self._counts[-1]
+        logs["beta_abs_max"] = max(row[names.index("beta_abs_max")] for row in table)
+        last = self.minibatches[-1]
+        losses = th.stack([self._last_policy_loss, self.minibatches[-1].entropy_loss, self.minibatches[-1].value_loss])
+        policy_loss, entropy_loss, value_loss = losses.tolist()
+        logs["loss"] = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
+        return logs

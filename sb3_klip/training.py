@@ -1,0 +1,248 @@
+"""The update that all variants share: PPO's inner loop, with the per-sample KL surrogate in place of the clipped objective."""
+
+import io
+import pathlib
+import warnings
+from collections.abc import Iterable
+from typing import Any, NoReturn, TypeVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from torch.nn import functional as F
+
+from sb3_klip.coefficients import Coefficient, CoefficientLike, make
+from sb3_klip.diagnostics import Minibatch, UpdateLog
+from sb3_klip.surrogate import masked_mean, per_sample_kl
+
+SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
+
+
+def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None) -> Coefficient:
+    """
+    The coefficient that the constructor arguments ``beta`` and ``beta_kwargs`` ask for.
+
+    :raises ValueError: if the name is unknown or a parameter out of range
+    :raises TypeError: if an argument is of a wrong type or a parameter unknown
+    """
+    if beta_kwargs is not None and not isinstance(beta_kwargs, dict):
+        raise TypeError(f"beta_kwargs must be a dict of parameters of the coefficient or None, not {beta_kwargs!r}")
+    return make(beta, **(beta_kwargs or {}))
+
+
+class PerSampleKLTraining(OnPolicyAlgorithm):
+    """
+    ``train()``, ``save()`` and ``load()`` of the subclasses of SB3's and sb3-contrib's PPO.
+
+    What differs between those is in four small methods, here as in SB3's ``PPO``: :meth:`_evaluate_actions`,
+    :meth:`_valid_steps`, :meth:`_normalize_advantages` and :meth:`_value_loss`.
+    """
+
+    # A name only after loading a file whose coefficient is not known here.
+    beta: str | Coefficient
+    beta_kwargs: dict[str, Any] | None
+    n_epochs: int
+    batch_size: int
+    clip_range: FloatSchedule
+    clip_range_vf: FloatSchedule | None
+    normalize_advantage: bool
+    target_kl: float | None
+
+    # -- the seam between the variants ---------------------------------------------------------------------------------
+
+    def _evaluate_actions(
+        self, rollout_data: RolloutBufferSamples, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Values, log-probabilities and entropy (None if it has no closed form) under the current policy."""
+        return self.policy.evaluate_actions(rollout_data.observations, actions)
+
+    def _valid_steps(self, rollout_data: RolloutBufferSamples) -> th.Tensor | None:
+        """Boolean mask of the samples that count; None if all do."""
+        return None
+
+    def _normalize_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """Advantages with mean 0 and standard deviation 1; a single sample, which has none, is left as it is."""
+        valid = advantages if mask is None else advantages[mask]
+        if len(valid) <= 1:
+            return advantages
+        return (advantages - valid.mean()) / (valid.std() + 1e-8)
+
+    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        """Mean squared error of the value function."""
+        return F.mse_loss(returns, values)
+
+    # -- the update ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """
+        Update the policy on the current rollout.
+
+        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        """
+        coefficient = self._coefficient()
+        coefficient.set_progress(self._current_progress_remaining)
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)
+        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
+
+        log = UpdateLog(clip_range, coefficient.estimator)
+        before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+        for epoch in range(self.n_epochs):
+            log.begin_epoch()
+            try:
+                finished = self._train_epoch(epoch, coefficient, clip_range, clip_range_vf, log)
+            except ValueError as error:
+                # torch's distributions refuse the NaN parameters that a bad step leaves behind.
+                if (problem := log.first_non_finite()) is not None:
+                    self._abandon_update(before, epoch, *problem, cause=error)
+                raise
+            if (problem := log.first_non_finite()) is not None:
+                self._abandon_update(before, epoch, *problem)
+            log.end_epoch()
+            self._n_updates += 1
+            if not finished:
+                break
+
+        for key, value in log.summary(self.ent_coef, self.vf_coef).items():
+            self.logger.record(f"train/{key}", value)
+        buffer = self.rollout_buffer
+        self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", clip_range)
+        if clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    def _train_epoch(
+        self, epoch: int, coefficient: Coefficient, clip_range: float, clip_range_vf: float | None, log: UpdateLog
+    ) -> bool:
+        """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
+        optimizer = self.policy.optimizer
+        parameters = list(self.policy.parameters())
+        for rollout_data in self.rollout_buffer.get(self.batch_size):
+            actions = rollout_data.actions
+            if isinstance(self.action_space, spaces.Discrete):
+                actions = actions.long().flatten()
+            values, log_prob, entropy = self._evaluate_actions(rollout_data, actions)
+            mask = self._valid_steps(rollout_data)
+            advantages = rollout_data.advantages
+            if self.normalize_advantage:
+                advantages = self._normalize_advantages(advantages, mask)
+
+            terms = per_sample_kl(log_prob, rollout_data.old_log_prob, advantages, coefficient, clip_range)
+            policy_loss = masked_mean(terms.loss, mask)
+
+            values = values.flatten()
+            if clip_range_vf is not None:
+                step = th.clamp(values - rollout_data.old_values, -clip_range_vf, clip_range_vf)
+                values = rollout_data.old_values + step
+            value_loss = self._value_loss(rollout_data.returns, values, mask)
+
+            # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
+            entropy_loss = -masked_mean(-log_prob if entropy is None else entropy, mask)
+            loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+
+            minibatch = Minibatch(
+                terms._replace(loss=terms.loss.detach()), advantages, mask, value_loss.detach(), entropy_loss.detach()
+            )
+            log.minibatches.append(minibatch)
+            if self.target_kl is not None:
+                # The comparison is numpy's, as in PPO, so that both stop at the same minibatch.
+                approx_kl = minibatch.approx_kl().cpu().numpy()
+                if approx_kl > 1.5 * self.target_kl:
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
+                    return False
+
+            optimizer.zero_grad()
+            loss.backward()
+            log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            optimizer.step()
+        return True
+
+    def _abandon_update(
+        self, before: dict[str, th.Tensor], epoch: int, minibatch: int, problem: str, cause: Exception | None = None
+    ) -> NoReturn:
+        """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""
+        self.policy.load_state_dict(before)
+        self.policy.optimizer.state.clear()
+        raise ValueError(
+            f"{type(self).__name__} with beta={self.beta!r} stopped at {self.num_timesteps} steps "
+            f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: {problem}. "
+            "The policy was set back to the parameters from before this update. Try a smaller learning rate or "
+            "fewer epochs, or a coefficient that removes such samples."
+        ) from cause
+
+    # -- the coefficient, and its place in a file ----------------------------------------------------------------------
+
+    def _coefficient(self) -> Coefficient:
+        """
+        The coefficient to train with.
+
+        :raises ValueError: if the model was loaded from a file whose coefficient is not known here
+        """
+        if isinstance(self.beta, str):
+            raise ValueError(
+                f"this model was saved with the coefficient {self.beta!r}, which is not known here. Register or import it "
+                f"before loading, or choose another: {type(self).__name__}.load(..., beta='step')."
+            )
+        return self.beta
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self._coefficient()
+        return super()._setup_learn(*args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        if isinstance(self.beta, Coefficient):
+            coefficient = self.beta
+        else:  # a name and parameters, as they stand in a file
+            try:
+                coefficient = make_beta(self.beta, self.beta_kwargs)
+            except Exception as error:
+                warnings.warn(
+                    f"The coefficient {self.beta!r} that this model was saved with cannot be made here ({error}) "
+                    "The model predicts, but does not train.",
+                    stacklevel=3,
+                )
+                return
+        self.beta = coefficient
+        self.beta.load_state_dict(self.__dict__.pop("beta_state", {}).get(coefficient.name, {}))
+
+    def save(
+        self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+    ) -> None:
+        """
+        Save the model to a zip file that ``PPO.load`` opens as well; the coefficient stands there as plain JSON.
+
+        :param path: file to write
+        :param exclude: attributes to leave out in addition to the default ones
+        :param include: attributes to keep although they are left out by default
+        """
+        beta, beta_kwargs = self.beta, self.beta_kwargs
+        if isinstance(beta, Coefficient):
+            self.beta, self.beta_kwargs = beta.name, beta.parameters
+            self.beta_state = {beta.name: beta.state_dict()}
+        try:
+            super().save(path, exclude, include)
+        finally:
+            self.beta, self.beta_kwargs = beta, beta_kwargs
+            if isinstance(beta, Coefficient):
+                del self.beta_state
+
+    @classmethod
+    def load(cls: type[SelfPerSampleKL], *args: Any, **kwargs: Any) -> SelfPerSampleKL:
+        """
+        Load a model, as SB3 does; also one that ``PPO`` saved.
+
+        :param args: see ``PPO.load``
+        :param kwargs: see ``PPO.load``; a new ``beta`` comes with its own ``beta_kwargs``, and not with those of the file
+        :return: the model
+        """
+        if "beta" in kwargs:
+            kwargs["beta"] = make_beta(kwargs["beta"], kwargs.setdefault("beta_kwargs", None))
+        return super().load(*args, **kwargs)
