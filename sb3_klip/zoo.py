@@ -1,14 +1,17 @@
 """
 RL Zoo: registration of the algorithms, their hyperparameters, and a way to call its scripts explicitly.
 
-``register()`` runs by itself when a script of RL Zoo starts (see :mod:`sb3_klip._autoload`). Where torch's autoloading is
-switched off, call it before RL Zoo builds its argument parser, or use ``python -m sb3_klip.zoo train --algo klip_ppo …``.
+``register()`` runs by itself when a script of RL Zoo starts (see :mod:`sb3_klip._autoload`). Where torch's autoloading
+is switched off, call it before RL Zoo builds its argument parser, or use
+``python -m sb3_klip.zoo train --algo klip_ppo …``.
 """
 
 import functools
 import importlib.resources
+import json
 import runpy
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,13 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 
+from sb3_klip._autoload import SCRIPTS
 from sb3_klip.errors import did_you_mean
 from sb3_klip.klip_ppo import KLipPPO
 from sb3_klip.training import make_beta
 
 #: Our algorithms in RL Zoo, each with the zoo's algorithm whose hyperparameters and sampler it takes.
 ALGORITHMS = {"klip_ppo": (KLipPPO, "ppo")}
-
-#: Scripts that ``python -m sb3_klip.zoo`` runs.
-SCRIPTS = ("train", "enjoy", "load_from_hub", "push_to_hub", "record_training", "record_video")
 
 
 def register() -> None:
@@ -40,26 +41,43 @@ def register() -> None:
 
 
 def _reading_beta(read_hyperparameters: Any) -> Any:
-    """Let ExperimentManager find our default hyperparameters, and refuse a bad coefficient before an environment is made."""
+    """Let ExperimentManager find our default hyperparameters, and refuse a bad coefficient before anything is made."""
 
     @functools.wraps(read_hyperparameters)
     def wrapper(self: ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:
         if self.algo not in ALGORITHMS:
             return read_hyperparameters(self)
         # Without --conf-file, the zoo looks for a file of the algorithm's name in its own folder.
-        if Path(self.config) == Path(rl_zoo3.__file__).parent / "hyperparams" / f"{self.algo}.yml":
+        if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
-        if isinstance(beta_kwargs := hyperparams.get("beta_kwargs"), str):
+        if isinstance(text := hyperparams.get("beta_kwargs"), str):
             # As the zoo does with policy_kwargs: "dict(width=0.1)"
-            hyperparams["beta_kwargs"] = eval(beta_kwargs, {"__builtins__": {}, "dict": dict})
-        coefficient = make_beta(hyperparams.get("beta", "step"), hyperparams.get("beta_kwargs"))
-        if "beta" in hyperparams or not self.continue_training:
-            # A checkpoint that is trained further brings its own coefficient, unless another one is asked for.
+            try:
+                hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
+            except Exception as error:
+                raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
+        # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
+        if not self.continue_training or "beta" in hyperparams or "beta_kwargs" in hyperparams:
+            default = _beta_of(self.trained_agent) if self.continue_training else "step"
+            coefficient = make_beta(hyperparams.get("beta", default), hyperparams.get("beta_kwargs"))
             saved_hyperparams["beta"], saved_hyperparams["beta_kwargs"] = coefficient.name, dict(coefficient.parameters)
         return hyperparams, saved_hyperparams
 
     return wrapper
+
+
+def _zoo_hyperparams() -> Path:
+    """Where RL Zoo keeps its YAML files: in its package or, in a git checkout, beside it."""
+    package = Path(rl_zoo3.__file__).parent
+    inside = package / "hyperparams"
+    return inside if inside.is_dir() else package.parent / "hyperparams"
+
+
+def _beta_of(checkpoint: str) -> str:
+    """Name of the coefficient that a model was saved with; ``PPO``'s clip if it names none."""
+    with zipfile.ZipFile(checkpoint) as file:
+        return json.loads(file.read("data")).get("beta", "step")
 
 
 def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
@@ -70,7 +88,7 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     :param name: our algorithm, whose ``<name>.yml`` is laid over it
     :return: a new dictionary: hyperparameters by environment
     """
-    hyperparams = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{base}.yml").read_text())
+    hyperparams = yaml.safe_load((_zoo_hyperparams() / f"{base}.yml").read_text())
     ours = yaml.safe_load(importlib.resources.files("sb3_klip.hyperparams").joinpath(f"{name}.yml").read_text()) or {}
     for env_id, entry in ours.items():
         hyperparams[env_id] = {**hyperparams.get(env_id, hyperparams["default"]), **entry}
@@ -85,7 +103,8 @@ def main() -> None:
     """
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         given = sys.argv[1] if len(sys.argv) > 1 else ""
-        sys.exit(f"usage: python -m sb3_klip.zoo {{{','.join(SCRIPTS)}}} …\nunknown script {given!r}.{did_you_mean(given, SCRIPTS)}")
+        usage = f"usage: python -m sb3_klip.zoo {{{','.join(SCRIPTS)}}} …"
+        sys.exit(f"{usage}\nunknown script {given!r}.{did_you_mean(given, SCRIPTS)}")
     script = sys.argv.pop(1)
     register()
     runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)

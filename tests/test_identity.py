@@ -1,0 +1,167 @@
+"""
+Theorem 1, bit for bit: KLipPPO with the default coefficient ends training in the state of PPO.
+
+Holds for one machine, one thread count and deterministic kernels, which is what these tests run on. No tolerance here.
+"""
+
+import gymnasium as gym
+import pytest
+import torch as th
+from identity import assert_identical, state_tensors, train
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import (
+    FakeImageEnv,
+    IdentityEnv,
+    IdentityEnvBox,
+    IdentityEnvMultiBinary,
+    IdentityEnvMultiDiscrete,
+    SimpleMultiObsEnv,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+
+from sb3_klip import KLipPPO
+
+# Large steps, so that clipping really happens; every case asserts that it does.
+FAST = {"learning_rate": 1e-2, "n_steps": 128, "batch_size": 32, "n_epochs": 4}
+
+
+def pendulum():
+    return gym.make("Pendulum-v1")
+
+
+def cartpole():
+    return gym.make("CartPole-v1")
+
+
+def normalized_pendulums():
+    return VecNormalize(make_vec_env("Pendulum-v1", n_envs=3, seed=0))
+
+
+def subprocess_cartpoles():
+    return make_vec_env("CartPole-v1", n_envs=2, seed=0, vec_env_cls=SubprocVecEnv)
+
+
+def images(**kwargs):
+    env = FakeImageEnv(screen_height=36, screen_width=36, **kwargs)
+    env.observation_space.seed(0)  # its images are samples of the space
+    return env
+
+
+def stacked_images():
+    return VecFrameStack(DummyVecEnv([lambda: images(n_channels=1)]), 2)
+
+
+def channel_first_images():
+    return images(n_channels=3, channel_first=True, discrete=False)
+
+
+class DropoutPolicy(ActorCriticPolicy):
+    """A custom policy with its own evaluate_actions, and with random numbers drawn during the update."""
+
+    def evaluate_actions(self, obs, actions):
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return th.nn.functional.dropout(values, 0.1, self.training), log_prob, entropy
+
+
+class ShiftedBuffer(RolloutBuffer):
+    """A user's buffer that changes what it hands out."""
+
+    def _get_samples(self, batch_inds, env=None):
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(advantages=samples.advantages + 0.5)
+
+
+def overshooting(progress_remaining):
+    """A linear schedule over fewer steps than are taken: the clip range ends below zero."""
+    return 0.2 * (2 * progress_remaining - 1)
+
+
+SMALL_CNN = {"features_extractor_kwargs": {"features_dim": 32}, "net_arch": [16]}
+CASES = {
+    "box": (pendulum, {}),
+    "box_minibatch_60": (pendulum, {"batch_size": 60}),
+    "box_minibatch_33": (pendulum, {"batch_size": 33}),
+    "box_last_minibatch_of_one": (pendulum, {"n_steps": 129}),
+    "discrete": (cartpole, {"batch_size": 60}),
+    "discrete_observation": (lambda: IdentityEnv(4), {}),
+    "box_observation": (IdentityEnvBox, {"batch_size": 48}),
+    "multi_discrete": (lambda: IdentityEnvMultiDiscrete(4), {"batch_size": 60}),
+    "multi_binary": (lambda: IdentityEnvMultiBinary(4), {"batch_size": 60}),
+    "dict_observation": (SimpleMultiObsEnv, {"policy": "MultiInputPolicy", "batch_size": 60, "ent_coef": 0.01}),
+    "images": (stacked_images, {"policy": "CnnPolicy", "policy_kwargs": SMALL_CNN}),
+    "images_channel_first": (
+        channel_first_images,
+        {"policy": "CnnPolicy", "policy_kwargs": SMALL_CNN, "batch_size": 48},
+    ),
+    "gsde": (pendulum, {"use_sde": True, "sde_sample_freq": 4, "batch_size": 60, "learning_rate": 1e-2}),
+    "squashed_gsde_with_entropy_bonus": (
+        pendulum,
+        {"use_sde": True, "ent_coef": 0.01, "policy_kwargs": {"squash_output": True}, "batch_size": 60, "learning_rate": 1e-2},
+    ),
+    "value_clipping": (pendulum, {"clip_range_vf": 0.2, "batch_size": 60}),
+    "value_clipping_schedule": (pendulum, {"clip_range_vf": LinearSchedule(0.3, 0.1, 1.0)}),
+    "advantages_as_they_are": (pendulum, {"normalize_advantage": False, "batch_size": 60}),
+    "several_environments": (lambda: make_vec_env("CartPole-v1", n_envs=3, seed=0), {"batch_size": 60}),
+    "subprocesses": (subprocess_cartpoles, {"batch_size": 60}),
+    "vec_normalize": (normalized_pendulums, {"batch_size": 50}),
+    "schedules": (
+        cartpole,
+        {"learning_rate": LinearSchedule(5e-3, 1e-4, 1.0), "clip_range": LinearSchedule(0.2, 0.02, 1.0), "batch_size": 60},
+    ),
+    "clip_range_below_zero": (cartpole, {"clip_range": overshooting, "batch_size": 60, "learning_rate": 1e-3}),
+    "sgd": (
+        pendulum,
+        {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9, "weight_decay": 1e-3}}, "learning_rate": 3.0},
+    ),
+    "separate_networks": (cartpole, {"policy_kwargs": {"net_arch": {"pi": [8], "vf": [16, 16]}, "share_features_extractor": False}}),
+    "dropout": (pendulum, {"policy": DropoutPolicy, "batch_size": 60}),
+    "own_buffer": (pendulum, {"rollout_buffer_class": ShiftedBuffer, "batch_size": 60, "normalize_advantage": False}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_after_training_is_that_of_ppo(case):
+    make_env, changes = CASES[case]
+    kwargs = {**FAST, **changes}
+    policy = kwargs.pop("policy", "MlpPolicy")
+    # Three updates, the last of which overshoots the number of steps.
+    vec_env = make_env()
+    steps = 3 * kwargs["n_steps"] * getattr(vec_env, "num_envs", 1) - 5
+    vec_env.close()
+    klip, logs = train(KLipPPO, policy, make_env, steps, **kwargs)
+    ppo, _ = train(PPO, policy, make_env, steps, **kwargs)
+    assert max(logs.column("train/kill_fraction")) > 0
+    assert_identical(klip, ppo)
+
+
+def test_early_stopping_ends_at_the_same_minibatch(capsys):
+    kwargs = {**FAST, "target_kl": 0.005, "batch_size": 60, "verbose": 1}
+    models, messages = [], []
+    for algorithm in (KLipPPO, PPO):
+        models.append(train(algorithm, "MlpPolicy", pendulum, 600, **kwargs)[0])
+        messages.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("Early stopping")])
+    assert messages[0] == messages[1]
+    assert messages[0]
+    assert_identical(*models)
+
+
+def test_the_comparison_sees_a_difference():
+    """The other tests of this file could not fail if any two runs compared equal."""
+    klip, _ = train(KLipPPO, "MlpPolicy", pendulum, 256, **FAST, beta="none")
+    ppo, _ = train(PPO, "MlpPolicy", pendulum, 256, **FAST)
+    ours, theirs = state_tensors(klip), state_tensors(ppo)
+    assert any(not th.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_continues_identically():
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        model, _ = train(algorithm, "MlpPolicy", cartpole, 256, **FAST)
+        model.set_env(cartpole())
+        model.set_random_seed(1)
+        models.append(model.learn(256, reset_num_timesteps=False))
+    assert_identical(*models)

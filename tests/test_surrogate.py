@@ -1,0 +1,238 @@
+"""The pure functions, against the formulas they are named for and against float64 autograd."""
+
+import math
+
+import pytest
+import torch as th
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+from sb3_klip.coefficients import available, make
+from sb3_klip.partition import bounds, harmful_distance
+from sb3_klip.surrogate import (
+    clip_loss,
+    clip_objective,
+    kl_estimate,
+    partition,
+    per_sample_beta,
+    per_sample_kl_loss,
+    weight_space_loss,
+    weight_space_penalty,
+)
+
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
+
+
+@st.composite
+def batches(draw):
+    """Ratios and advantages in float64, exact boundaries and zero advantages among them, and a clip range."""
+    epsilon = draw(st.floats(-0.5, 0.9))
+    size = draw(st.integers(1, 20))
+    ratio = st.one_of(st.floats(1e-3, 1e3), st.sampled_from([1.0, 1 - epsilon, 1 + epsilon]).filter(lambda w: w > 0))
+    advantage = st.one_of(st.floats(-10, 10), st.just(0.0))
+    w = draw(st.lists(ratio, min_size=size, max_size=size))
+    a = draw(st.lists(advantage, min_size=size, max_size=size))
+    return th.tensor(w, dtype=th.float64), th.tensor(a, dtype=th.float64), epsilon
+
+
+def assume_no_tie(ratio, clip_range):
+    """With ε < 0 and w = 1 + ε to the bit, `min` has a tie of which `clamp` drops one half: autograd gives half a gradient."""
+    assume(clip_range >= 0 or not (ratio == 1 + clip_range).any())
+
+
+def gradient(loss, log_prob):
+    return th.autograd.grad(loss, log_prob)[0]
+
+
+@given(batches())
+def test_partition_is_disjoint_and_covers(batch):
+    kill, outside, inside = partition(*batch)
+    assert ((kill.int() + outside.int() + inside.int()) == 1).all()
+
+
+@given(batches())
+def test_partition_says_where_the_clipped_gradient_is_zero(batch):
+    """The kill set is where autograd of the clipped objective is 0, boundary and negative clip ranges included."""
+    ratio, advantages, clip_range = batch
+    assume_no_tie(ratio, clip_range)
+    ratio = ratio.clone().requires_grad_()
+    clip_objective(ratio, advantages, clip_range).sum().backward()
+    kill, outside, inside = partition(ratio.detach(), advantages, clip_range)
+    assert (ratio.grad[kill] == 0).all()
+    assert th.equal(ratio.grad[outside], advantages[outside])
+    assert th.equal(ratio.grad[inside], advantages[inside])
+
+
+def test_boundary_is_inside():
+    ratio = th.tensor([1.25, 0.75, 1.25, 0.75], dtype=th.float64)
+    advantages = th.tensor([1.0, -1.0, -1.0, 1.0], dtype=th.float64)
+    assert partition(ratio, advantages, 0.25).inside.all()
+
+
+def test_upper_bound_wins_below_zero():
+    assert bounds(-0.25) == (0.75, 0.75)
+    assert bounds(0.25) == (0.75, 1.25)
+    lower, upper = bounds(th.tensor([-0.25, 0.25]))
+    assert lower.tolist() == [0.75, 0.75]
+    assert upper.tolist() == [0.75, 1.25]
+
+
+def test_partition_by_hand():
+    ratio = th.tensor([1.5, 0.5, 1.5, 0.5, 1.1, 1.5])
+    advantages = th.tensor([2.0, -2.0, -2.0, 2.0, 5.0, 0.0])
+    kill, outside, inside = partition(ratio, advantages, 0.2)
+    assert kill.tolist() == [True, True, False, False, False, False]
+    assert outside.tolist() == [False, False, True, True, False, False]
+    assert inside.tolist() == [False, False, False, False, True, True]
+
+
+@given(batches())
+def test_distance_is_positive_exactly_on_the_kill_set(batch):
+    ratio, advantages, clip_range = batch
+    moving = advantages != 0
+    assert th.equal((harmful_distance(*batch) > 0)[moving], partition(*batch).kill[moving])
+
+
+@given(batches())
+def test_theorem_1_equal_gradients(batch):
+    """Per-sample gradients of the KL form equal the closed form and those of the clipped objective."""
+    ratio, advantages, clip_range = batch
+    old = th.linspace(-2, 1, len(ratio), dtype=th.float64)
+    log_prob = (old + ratio.log()).requires_grad_()
+    ratio = (log_prob.detach() - old).exp()
+    assume_no_tie(ratio, clip_range)
+    ours = gradient(per_sample_kl_loss(log_prob, old, advantages, "step", clip_range), log_prob)
+    theirs = gradient(clip_loss(log_prob, old, advantages, clip_range), log_prob)
+    kill = partition(ratio, advantages, clip_range).kill
+    closed_form = -(ratio * advantages * ~kill) / len(ratio)
+    assert th.equal(ours, theirs)
+    th.testing.assert_close(ours, closed_form, rtol=1e-14, atol=0)
+
+
+@given(batches())
+def test_theorem_2_equal_values(batch):
+    ratio, advantages, clip_range = batch
+    penalty = weight_space_penalty(ratio, advantages, clip_range)
+    assert (penalty >= 0).all()
+    assert (penalty[~partition(ratio, advantages, clip_range).kill] == 0).all()
+    old = th.zeros_like(ratio)
+    dual = weight_space_loss(ratio.log(), old, advantages, clip_range)
+    scale = (ratio * advantages).abs().max().item() + 1
+    assert dual.item() == pytest.approx(clip_loss(ratio.log(), old, advantages, clip_range).item(), abs=1e-12 * scale)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 33, 60, 64, 100])
+def test_gradient_bits_in_float32(size):
+    """The association of the products is autograd's own for PPO, so no batch size makes a rounding differ."""
+    generator = th.Generator().manual_seed(size)
+    for _ in range(50):
+        old = th.randn(size, generator=generator)
+        log_prob = (old + 0.5 * th.randn(size, generator=generator)).requires_grad_()
+        advantages = th.randn(size, generator=generator)
+        ours = gradient(per_sample_kl_loss(log_prob, old, advantages), log_prob)
+        assert th.equal(ours, gradient(clip_loss(log_prob, old, advantages), log_prob))
+
+
+def test_value_is_the_template():
+    """L = E[w Â + β log π], to be minimised with the opposite sign."""
+    old = th.tensor([-1.0, -1.0, -1.0], dtype=th.float64)
+    log_prob = old + th.tensor([1.5, 1.1, 0.5], dtype=th.float64).log()
+    advantages = th.tensor([2.0, -3.0, -1.0], dtype=th.float64)
+    ratio = (log_prob - old).exp()
+    beta = per_sample_beta(ratio, advantages, make("step")(ratio, advantages, 0.2)[0])
+    th.testing.assert_close(beta, th.tensor([-3.0, 0.0, 0.5], dtype=th.float64))
+    expected = -(ratio * advantages + beta * log_prob).mean()
+    th.testing.assert_close(per_sample_kl_loss(log_prob, old, advantages), expected)
+
+
+def test_analytic_kl_matches_no_scalar():
+    """Negative control: with the closed-form Gaussian KL, the best coefficient per sample leaves most of the gradient."""
+    mean = th.tensor([[0.5, -0.3]], dtype=th.float64, requires_grad=True)
+    old, new = Normal(th.zeros_like(mean), 1.0), Normal(mean, 1.0)
+    action = th.tensor([[1.5, 1.0]], dtype=th.float64)
+    log_ratio = (new.log_prob(action) - old.log_prob(action)).sum()
+    wanted = gradient(log_ratio.exp(), mean).flatten()  # what PPO-Clip removes from a killed sample with Â = 1
+    sampled = gradient((new.log_prob(action)).sum(), mean).flatten()
+    analytic = gradient(kl_divergence(old, new).sum(), mean).flatten()
+
+    def residual(direction):
+        best = (wanted @ direction) / (direction @ direction)
+        return ((wanted - best * direction).norm() / wanted.norm()).item()
+
+    assert residual(sampled) < 1e-15
+    assert residual(analytic) > 0.5
+
+
+@pytest.mark.parametrize("dtype", [th.float16, th.bfloat16, th.float32, th.float64])
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+@pytest.mark.parametrize("loss", [clip_loss, weight_space_loss, per_sample_kl_loss])
+def test_shapes_and_dtypes(loss, shape, dtype):
+    old = th.zeros(shape, dtype=dtype)
+    log_prob = th.linspace(-0.5, 0.5, math.prod(shape)).reshape(shape).to(dtype).requires_grad_()
+    clip_range = th.full(shape, 0.2, dtype=dtype)
+    keywords = {"clip_range": clip_range, "mask": th.arange(math.prod(shape)).reshape(shape) % 2 == 0}
+    value = loss(log_prob, old, th.ones(shape, dtype=dtype), **keywords)
+    assert value.shape == ()
+    assert value.dtype == dtype
+    assert (gradient(value, log_prob)[~keywords["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("loss", [clip_loss, weight_space_loss, per_sample_kl_loss])
+def test_mask_counts_as_leaving_out(loss):
+    generator = th.Generator().manual_seed(0)
+    old, log_prob, advantages = (th.randn(20, generator=generator, dtype=th.float64) for _ in range(3))
+    mask = th.rand(20, generator=generator) < 0.5
+    whole = loss(log_prob, old, advantages, mask=mask)
+    th.testing.assert_close(whole, loss(log_prob[mask], old[mask], advantages[mask]))
+
+
+def test_overflowing_ratio_of_a_removed_sample():
+    """Where log w > 88, PPO's gradient is NaN although the sample is clipped; ours is zero there, and the same elsewhere."""
+    old = th.zeros(3)
+    log_prob = th.tensor([100.0, 0.1, -0.1], requires_grad=True)
+    advantages = th.tensor([1.0, 1.0, -1.0])
+    assert gradient(clip_loss(log_prob, old, advantages), log_prob).isnan().any()
+    loss = per_sample_kl_loss(log_prob, old, advantages)
+    ours = gradient(loss, log_prob)
+    assert loss.isfinite()
+    assert ours[0] == 0
+    th.testing.assert_close(ours[1:], th.tensor([-math.exp(0.1), math.exp(-0.1)]) / 3)
+
+
+def test_overflowing_ratio_that_passes_is_not_hidden():
+    log_prob = th.tensor([100.0], requires_grad=True)
+    gradients = gradient(per_sample_kl_loss(log_prob, th.zeros(1), -th.ones(1)), log_prob)
+    assert not gradients.isfinite().any()
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3))
+def test_kl_estimates(log_prob, old_log_prob):
+    new, old = th.tensor(log_prob, dtype=th.float64), th.tensor(old_log_prob, dtype=th.float64)
+    ratio = math.exp(log_prob - old_log_prob)
+    assert kl_estimate("k1", new, old).item() == pytest.approx(-math.log(ratio), abs=1e-12)
+    assert kl_estimate("k3", new, old).item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-12, rel=1e-9)
+    assert kl_estimate("k3", new, old) >= 0
+
+
+def test_bad_input_names_the_argument():
+    ones = th.ones(4)
+    with pytest.raises(ValueError, match=r"advantages has shape \(3,\), but log_prob has \(4,\)"):
+        per_sample_kl_loss(ones, ones, th.ones(3))
+    with pytest.raises(ValueError, match="mask has shape"):
+        clip_loss(ones, ones, ones, mask=th.ones(4, 1, dtype=th.bool))
+    with pytest.raises(TypeError, match=r"mask must be boolean, not torch\.float32"):
+        weight_space_loss(ones, ones, ones, mask=ones)
+    with pytest.raises(TypeError, match="floating"):
+        per_sample_kl_loss(ones.long(), ones, ones)
+    with pytest.raises(ValueError, match=r"'stpe'.*Did you mean 'step'"):
+        per_sample_kl_loss(ones, ones, ones, "stpe")
+    with pytest.raises(ValueError, match="estimator='k2'"):
+        kl_estimate("k2", ones, ones)
+    with pytest.raises(ValueError, match="kl"):
+        kl_estimate("analytic", ones, ones)
+
+
+def test_registry_has_the_foundation():
+    assert {"step", "none"} <= set(available())
