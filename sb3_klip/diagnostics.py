@@ -118,6 +118,8 @@ class UpdateLog:
             "kl_penalty": kl_penalty,
             "klip_loss": loss,
         }
+        if weight is not None:
+            per_sample["beta_scalar"] = weight
         sizes = th.tensor([len(m.advantages) if m.mask is None else int(m.mask.sum()) for m in self.minibatches])
         share = sizes.to(ratio.dtype).reciprocal().repeat_interleave(sizes).to(ratio.device)
         epoch = dict(zip(per_sample, (th.stack(list(per_sample.values())) * share).sum(dim=1), strict=True))

@@ -53,6 +53,8 @@ class KLipPPO(PerSampleKLTraining, PPO):
     :param beta: The coefficient: a name (see :func:`sb3_klip.coefficients.available`), or a function or object of your own
         with the signature that :mod:`sb3_klip.coefficients` describes
     :param beta_kwargs: Parameters of the coefficient; each number may also be "lin_x" or a function of the remaining progress
+    :param log_kl: Whether to log ``train/kl``, the closed-form KL divergence of the final policy of each update from the
+        rollout policy, averaged over the rollout; costs two forward passes per update
     :raises ValueError: if ``beta`` is unknown, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """
@@ -87,10 +89,12 @@ class KLipPPO(PerSampleKLTraining, PPO):
         _init_setup_model: bool = True,
         beta: str | CoefficientLike = "step",
         beta_kwargs: dict[str, Any] | None = None,
+        log_kl: bool = False,
     ):
         # Before anything is built, so that a typo costs nothing.
         self.beta = make_beta(beta, beta_kwargs)
         self.beta_kwargs = beta_kwargs
+        self.log_kl = log_kl
         super().__init__(
             policy,
             env,

@@ -3,9 +3,10 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -15,9 +16,15 @@ from torch.nn import functional as F
 
 from sb3_klip.coefficients import Coefficient, CoefficientLike, make
 from sb3_klip.diagnostics import Minibatch, UpdateLog
-from sb3_klip.surrogate import masked_mean, per_sample_kl
+from sb3_klip.divergence import CLOSED_FORM
+from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
+from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
+
+
+#: What a clip range that a schedule takes to 0 and below is held at, for coefficients that divide by it.
+SMALLEST_CLIP_RANGE = 1e-4
 
 
 def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None) -> Coefficient:
@@ -43,6 +50,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     # A name only after loading a file whose coefficient is not known here.
     beta: str | Coefficient
     beta_kwargs: dict[str, Any] | None
+    log_kl: bool
+    # Steps that the environments' running episodes already had when the last rollout ended.
+    _episode_steps: list[int] | None = None
     n_epochs: int
     batch_size: int
     clip_range: FloatSchedule
@@ -83,17 +93,19 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """
         coefficient = self._coefficient()
         coefficient.set_progress(self._current_progress_remaining)
-        self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
+        positions = self._positions() if "position" in coefficient.requests else None
+        snapshot = self._snapshot() if coefficient.needs_kl or self.log_kl else None
 
+        self.policy.set_training_mode(True)
         log = UpdateLog(clip_range, coefficient.estimator)
         before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
         for epoch in range(self.n_epochs):
             log.begin_epoch()
             try:
-                finished = self._train_epoch(epoch, coefficient, clip_range, clip_range_vf, log)
+                finished = self._train_epoch(epoch, coefficient, clip_range, clip_range_vf, snapshot, positions, log)
             except ValueError as error:
                 # torch's distributions refuse the NaN parameters that a bad step leaves behind.
                 if (problem := log.first_non_finite()) is not None:
@@ -108,8 +120,13 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
         for key, value in log.summary(self.ent_coef, self.vf_coef).items():
             self.logger.record(f"train/{key}", value)
+        if coefficient.learns or self.log_kl:
+            kl = self._rollout_kl(snapshot)
+            coefficient.end_update(kl)
+            self.logger.record("train/kl", kl)
         buffer = self.rollout_buffer
-        self.logger.record("train/explained_variance", explained_variance(buffer.values.flatten(), buffer.returns.flatten()))
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -118,22 +135,38 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             self.logger.record("train/clip_range_vf", clip_range_vf)
 
     def _train_epoch(
-        self, epoch: int, coefficient: Coefficient, clip_range: float, clip_range_vf: float | None, log: UpdateLog
+        self,
+        epoch: int,
+        coefficient: Coefficient,
+        clip_range: float,
+        clip_range_vf: float | None,
+        snapshot: PolicySnapshot | None,
+        positions: th.Tensor | None,
+        log: UpdateLog,
     ) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
         optimizer = self.policy.optimizer
         parameters = list(self.policy.parameters())
-        for rollout_data in self.rollout_buffer.get(self.batch_size):
-            actions = rollout_data.actions
-            if isinstance(self.action_space, spaces.Discrete):
-                actions = actions.long().flatten()
-            values, log_prob, entropy = self._evaluate_actions(rollout_data, actions)
+        if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
+            warnings.warn(f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}")
+            clip_range = SMALLEST_CLIP_RANGE
+        for rollout_data, indices in self._minibatches(indexed=snapshot is not None or positions is not None):
+            values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask = self._valid_steps(rollout_data)
             advantages = rollout_data.advantages
             if self.normalize_advantage:
                 advantages = self._normalize_advantages(advantages, mask)
 
-            terms = per_sample_kl(log_prob, rollout_data.old_log_prob, advantages, coefficient, clip_range)
+            quantities: dict[str, th.Tensor] = {}
+            if coefficient.needs_kl:
+                quantities["kl"] = snapshot.kl(indices, mask, self.policy)
+            if positions is not None:
+                quantities["position"] = padded(positions[indices], mask)
+            if "age" in coefficient.requests:
+                quantities["age"] = th.zeros_like(advantages)
+            terms = per_sample_kl(
+                log_prob, rollout_data.old_log_prob, advantages, coefficient, clip_range, **quantities
+            )
             policy_loss = masked_mean(terms.loss, mask)
 
             values = values.flatten()
@@ -150,19 +183,85 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 terms._replace(loss=terms.loss.detach()), advantages, mask, value_loss.detach(), entropy_loss.detach()
             )
             log.minibatches.append(minibatch)
-            if self.target_kl is not None:
-                # The comparison is numpy's, as in PPO, so that both stop at the same minibatch.
-                approx_kl = minibatch.approx_kl().cpu().numpy()
-                if approx_kl > 1.5 * self.target_kl:
-                    if self.verbose >= 1:
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
-                    return False
+            if self._stops_early(epoch, coefficient, minibatch):
+                return False
 
             optimizer.zero_grad()
             loss.backward()
             log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             optimizer.step()
         return True
+
+    def _stops_early(self, epoch: int, coefficient: Coefficient, minibatch: Minibatch) -> bool:
+        """Whether ``target_kl`` or the coefficient ends the update before this minibatch's step."""
+        if self.target_kl is not None:
+            # The comparison is numpy's, as in PPO, so that both stop at the same minibatch.
+            approx_kl = minibatch.approx_kl().cpu().numpy()
+            if approx_kl > 1.5 * self.target_kl:
+                if self.verbose >= 1:
+                    print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
+                return True
+        ratio, mask = minibatch.terms.ratio, minibatch.mask
+        if coefficient.stop(ratio if mask is None else ratio[mask]):
+            if self.verbose >= 1:
+                print(f"Early stopping at step {epoch} due to the coefficient {coefficient!r}")
+            return True
+        return False
+
+    def _actions(self, rollout_data: RolloutBufferSamples) -> th.Tensor:
+        """Actions as the policy takes them; the buffer holds discrete ones as floats."""
+        actions = rollout_data.actions
+        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
+
+    def _minibatches(self, indexed: bool) -> Iterator[tuple[Any, Any]]:
+        """The buffer's minibatches, with the indices of their samples if these are asked for."""
+        if indexed:
+            return indexed_minibatches(self.rollout_buffer, self.batch_size)
+        return ((rollout_data, None) for rollout_data in self.rollout_buffer.get(self.batch_size))
+
+    # -- what a coefficient may ask for --------------------------------------------------------------------------------
+
+    def _evaluated_rollout(self) -> Iterator[tuple[Any, np.ndarray, th.Tensor | None, th.Tensor]]:
+        """
+        The whole rollout once, each minibatch after the policy has evaluated it: samples, indices, mask, log π(a|s).
+
+        Draws no random numbers that the update would draw.
+        """
+        self.policy.set_training_mode(False)
+        random_state = np.random.get_state()
+        for rollout_data, indices in self._minibatches(indexed=True):
+            with th.no_grad():
+                _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+            yield rollout_data, indices, self._valid_steps(rollout_data), log_prob
+        np.random.set_state(random_state)
+
+    def _snapshot(self) -> PolicySnapshot:
+        """The rollout policy's distribution at every sample; one forward pass."""
+        snapshot = PolicySnapshot(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
+        for _, indices, mask, _ in self._evaluated_rollout():
+            snapshot.store(indices, mask, self.policy)
+        return snapshot
+
+    def _rollout_kl(self, snapshot: PolicySnapshot | None) -> float:
+        """Mean of KL(π_old ‖ π_new) over the rollout, in closed form, or without a snapshot by k3; one forward pass."""
+        total, count = 0.0, 0
+        for rollout_data, indices, mask, log_prob in self._evaluated_rollout():
+            if snapshot is None:
+                kl = kl_estimate("k3", log_prob, rollout_data.old_log_prob)
+            else:
+                kl = snapshot.kl(indices, mask, self.policy)
+            total += (kl if mask is None else kl[mask]).sum().item()
+            count += len(indices)
+        return total / count
+
+    def _positions(self) -> th.Tensor:
+        """Position of each sample in its episode, in the order of the flattened buffer."""
+        buffer = self.rollout_buffer
+        starts = buffer.episode_starts.reshape(buffer.buffer_size, buffer.n_envs)
+        carried = np.zeros(buffer.n_envs, dtype=int) if self._episode_steps is None else np.array(self._episode_steps)
+        positions, carried = episode_positions(starts, carried)
+        self._episode_steps = carried.tolist()
+        return th.as_tensor(positions.T.flatten(), dtype=th.float32, device=self.device)
 
     def _abandon_update(
         self, before: dict[str, th.Tensor], epoch: int, minibatch: int, problem: str, cause: Exception | None = None
@@ -211,7 +310,16 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 )
                 return
         self.beta = coefficient
-        self.beta.load_state_dict(self.__dict__.pop("beta_state", {}).get(coefficient.name, {}))
+        coefficient.load_state_dict(self.__dict__.pop("beta_state", {}).get(coefficient.name, {}))
+        if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
+            raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
+        action_dist = getattr(self.policy, "action_dist", None)
+        if (coefficient.needs_kl or self.log_kl) and not isinstance(action_dist, CLOSED_FORM):
+            raise ValueError(
+                f"{'log_kl=True' if self.log_kl else f'beta={coefficient!r}'} needs the closed form of the KL divergence, "
+                f"which is not known for the policy's {type(action_dist).__name__}. "
+                "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
+            )
 
     def save(
         self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None

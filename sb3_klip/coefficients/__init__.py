@@ -6,6 +6,7 @@ alone, 1 removes its gradient, more than 1 pushes it back)::
 
     from sb3_klip import KLipPPO
     from sb3_klip.coefficients import register
+    from sb3_klip.surrogate import harmful_distance
 
 
     @register("late_ramp")
@@ -21,17 +22,30 @@ parameters. A coefficient of the KL-penalty family returns a pair: the gate, and
 parameter or attribute ``estimator`` names.
 """
 
-from sb3_klip.coefficients.base import ESTIMATORS, QUANTITIES, Coefficient, CoefficientLike, available, make, register
-from sb3_klip.coefficients.gates import none, step
+from sb3_klip.coefficients import gates, penalties, position
+from sb3_klip.coefficients.base import (
+    ESTIMATORS,
+    QUANTITIES,
+    Coefficient,
+    CoefficientLike,
+    UnknownCoefficientError,
+    available,
+    make,
+    register,
+)
+from sb3_klip.coefficients.position import Scaled
 
 __all__ = [
     "ESTIMATORS",
     "QUANTITIES",
     "Coefficient",
     "CoefficientLike",
+    "Scaled",
+    "UnknownCoefficientError",
     "available",
+    "gates",
     "make",
-    "none",
+    "penalties",
+    "position",
     "register",
-    "step",
 ]

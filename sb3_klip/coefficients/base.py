@@ -24,7 +24,7 @@ ESTIMATORS = ("analytic", "k1", "k3")
 GateFunction: TypeAlias = Callable[..., th.Tensor | tuple[th.Tensor, th.Tensor]]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
-_REGISTRY: dict[str, Callable[..., Any]] = {}
+_REGISTRY: dict[str, tuple[Callable[..., Any], type["Coefficient"]]] = {}
 _ALIASES: dict[str, tuple[str, dict[str, Any]]] = {}
 
 
@@ -51,7 +51,7 @@ class Coefficient:
     def __init__(self, function: GateFunction, name: str, parameters: Mapping[str, Any] | None = None):
         self.function = function
         self.name = name
-        self.requests, self._declared = _read_signature(function, name)
+        self._arguments, self._declared = _read_signature(function, name)
         given = dict(parameters or {})
         check_names(given, self._declared, name)
         self.parameters = {key: given.get(key, declared.default) for key, declared in self._declared.items()}
@@ -59,6 +59,11 @@ class Coefficient:
             declared.check(self.parameters[key], name)
         self.set_progress(1.0)
         self._try_out()
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """The quantities that it asks for, see :data:`QUANTITIES`."""
+        return self._arguments
 
     @property
     def estimator(self) -> str | None:
@@ -69,6 +74,16 @@ class Coefficient:
     def needs_kl(self) -> bool:
         """Whether the rollout policy's distribution is needed in every minibatch."""
         return "kl" in self.requests or self.estimator == "analytic"
+
+    @property
+    def needs_clip_range(self) -> bool:
+        """Whether it is undefined for a clip range of 0 or less."""
+        return getattr(self.function, "needs_clip_range", False)
+
+    @property
+    def learns(self) -> bool:
+        """Whether :meth:`end_update` does anything."""
+        return hasattr(self.function, "end_update")
 
     def set_progress(self, progress_remaining: float) -> None:
         """
@@ -90,25 +105,32 @@ class Coefficient:
         :param ratio: importance ratio w, detached
         :param advantages: advantage Â, same shape
         :param clip_range: half-width ε
-        :param quantities: what the coefficient asks for; more may be given
+        :param quantities: what the coefficient asks for by name; more may be given
         :return: gate, and weight or None; both like the ratio
         :raises ValueError: if a quantity is missing, or what the function returns does not fit
         :raises TypeError: if it returns something else than tensors
         """
+        gate, weight = self._evaluate(ratio, advantages, clip_range, quantities)
+        if weight is None and self.estimator is not None:
+            raise ValueError(f"coefficient {self.name!r} names the estimator {self.estimator!r}, but returned no weight for it")
+        if weight is not None and self.estimator is None:
+            raise ValueError(f"coefficient {self.name!r} returned a weight, but names no `estimator` to put it on")
+        return gate, weight
+
+    def _evaluate(
+        self, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, quantities: Mapping[str, Any]
+    ) -> tuple[th.Tensor, th.Tensor | None]:
+        """Call the function, and check that what it returns is like the ratio."""
         asked = {}
-        for key in self.requests:
-            value = quantities.get(key)
+        for key in self._arguments:
+            value = self.progress if key == "progress" else quantities.get(key)
             if value is None:
-                if key != "progress":
-                    raise ValueError(f"coefficient {self.name!r} needs {key!r}: {QUANTITIES[key]}")
-                value = self.progress
+                raise ValueError(f"coefficient {self.name!r} needs {key!r}: {QUANTITIES[key]}")
             asked[key] = value.detach() if isinstance(value, th.Tensor) else value
         result = self.function(ratio, advantages, clip_range, **asked, **self.values)
         gate, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         self._check("gate", gate, ratio)
-        if weight is not None or self.estimator is not None:
-            if self.estimator is None:
-                raise ValueError(f"coefficient {self.name!r} returned a weight, but names no `estimator` to put it on")
+        if weight is not None:
             self._check("weight", weight, ratio)
         return gate, weight
 
@@ -120,6 +142,15 @@ class Coefficient:
         """
         hook = getattr(self.function, "stop", None)
         return hook is not None and bool(hook(ratio, **self.values))
+
+    def end_update(self, kl: float) -> None:
+        """
+        Learn from the update that has ended.
+
+        :param kl: mean of KL(π_old ‖ π_new) over the rollout under the policy that the update ended with, in nats
+        """
+        if self.learns:
+            self.function.end_update(kl, **self.values)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """What the coefficient learned, as plain JSON values; empty for a pure function."""
@@ -187,24 +218,29 @@ def _read_signature(function: GateFunction, name: str) -> tuple[tuple[str, ...],
     return tuple(requests), parameters
 
 
-def register(name: str, *aliases: str) -> Callable[[AnyFunction], AnyFunction]:
+def register(
+    name: str, *aliases: str, kind: type[Coefficient] = Coefficient, **presets: dict[str, Any]
+) -> Callable[[AnyFunction], AnyFunction]:
     """
     Make a coefficient known by name, as a decorator of a function, or of a class without constructor arguments.
 
     :param name: its name in ``beta=``, in YAML files and on the command line
     :param aliases: further names
+    :param kind: the class of coefficient to make of it
+    :param presets: further names that come with parameters of their own
     :return: decorator that returns the function unchanged
     :raises ValueError: if a name is taken by another coefficient
     """
 
     def decorate(function: AnyFunction) -> AnyFunction:
-        for word in (name, *aliases):
-            taken = _REGISTRY.get(word)
+        for word in (name, *aliases, *presets):
+            owner = _ALIASES[word][0] if word in _ALIASES else word
             # The same function again is a module that was run twice (a notebook cell, a reload).
-            if word in _ALIASES or (taken is not None and _qualified_name(taken) != _qualified_name(function)):
-                raise ValueError(f"coefficient name {word!r} is already taken")
-        _REGISTRY[name] = function
+            if owner in _REGISTRY and _qualified_name(_REGISTRY[owner][0]) != _qualified_name(function):
+                raise ValueError(f"the coefficient name {word!r} is already taken")
+        _REGISTRY[name] = (function, kind)
         _ALIASES.update({alias: (name, {}) for alias in aliases})
+        _ALIASES.update({alias: (name, parameters) for alias, parameters in presets.items()})
         return function
 
     return decorate
@@ -215,7 +251,7 @@ def available() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def make(name: str | CoefficientLike, **parameters: Any) -> Coefficient:
+def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
     """
     Build a coefficient.
 
@@ -226,15 +262,13 @@ def make(name: str | CoefficientLike, **parameters: Any) -> Coefficient:
     :raises TypeError: if ``name`` is of another type, or a parameter unknown or of a wrong type
     """
     if isinstance(name, Coefficient):
-        if not parameters:
-            return name
-        return make(name.function, **{**name.parameters, **parameters})
+        return type(name)(name.function, name.name, {**name.parameters, **parameters}) if parameters else name
     if isinstance(name, str):
         presets: dict[str, Any] = {}
         if name in _ALIASES:
             name, presets = _ALIASES[name]
-        function = _REGISTRY[name] if name in _REGISTRY else _import(name)
-        return Coefficient(function() if inspect.isclass(function) else function, name, {**presets, **parameters})
+        function, kind = _REGISTRY[name] if name in _REGISTRY else (_import(name), Coefficient)
+        return kind(function() if inspect.isclass(function) else function, name, {**presets, **parameters})
     if not callable(name):
         raise TypeError(f"beta must be the name of a coefficient, a Coefficient or a callable, not {name!r}")
     return Coefficient(name, _name_of(name), parameters)
@@ -264,7 +298,7 @@ def _qualified_name(function: Callable[..., Any]) -> str:
 
 def _name_of(function: Callable[..., Any]) -> str:
     """The registered name of a function or of an object's class, or else where it can be imported from."""
-    for name, known in _REGISTRY.items():
+    for name, (known, _) in _REGISTRY.items():
         if known is function or known is type(function):
             return name
     return _qualified_name(function)

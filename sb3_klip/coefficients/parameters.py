@@ -16,32 +16,33 @@ class Interval:
 
     :param low: lower end
     :param high: upper end
-    :param open: whether the ends themselves are excluded
+    :param low_open: whether the lower end itself is excluded
+    :param high_open: whether the upper end itself is excluded
     """
 
     low: float = -math.inf
     high: float = math.inf
-    open: bool = False
+    low_open: bool = False
+    high_open: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low < value < self.high if self.open else self.low <= value <= self.high
+        above = self.low < value if self.low_open else self.low <= value
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
 
     def nearest(self, value: float) -> float:
-        """The allowed number nearest to ``value``; an excluded end is kept off by 1e-8."""
-        margin = 1e-8 if self.open else 0.0
-        return min(max(value, self.low + margin), self.high - margin)
+        """The allowed number nearest to ``value``; an excluded end is kept off by 1e-6."""
+        return min(max(value, self.low + 1e-6 * self.low_open), self.high - 1e-6 * self.high_open)
 
     def __str__(self) -> str:
-        less = "<" if self.open else "<="
-        low = f"{self.low:g} {less} " if math.isfinite(self.low) else ""
-        high = f" {less} {self.high:g}" if math.isfinite(self.high) else ""
-        return f"{low}value{high}" if low or high else "any number"
+        low = f"{self.low:g} {'<' if self.low_open else '<='} " if math.isfinite(self.low) else ""
+        high = f" {'<' if self.high_open else '<='} {self.high:g}" if math.isfinite(self.high) else ""
+        return f"{low}value{high}" if low or high else "any finite number"
 
 
 # What coefficients write in their signatures, as in `def ramp(..., *, width: NonNegative = 0.05)`.
-Number: TypeAlias = Annotated[float, Interval()]
 NonNegative: TypeAlias = Annotated[float, Interval(0.0)]
-Positive: TypeAlias = Annotated[float, Interval(0.0, open=True)]
+Positive: TypeAlias = Annotated[float, Interval(0.0, low_open=True)]
 Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0)]
 
 Schedule: TypeAlias = Callable[[float], float]
@@ -85,7 +86,7 @@ class Parameter:
                 raise ValueError(f"{self.name}={value!r} of {owner!r} must be one of {_listing(self.choices)}.{hint}")
         elif self.interval is not None and not (self.optional and value is None):
             number = at_progress(value, 1.0, f"{self.name} of {owner!r}")
-            if math.isnan(number) or number not in self.interval:
+            if number not in self.interval:
                 start = "" if number == value else f", which starts at {number:g},"
                 raise ValueError(f"{self.name}={value!r} of {owner!r}{start} is out of range: {self.interval}")
 

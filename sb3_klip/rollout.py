@@ -1,0 +1,107 @@
+"""What a coefficient may ask to know of each sample beyond what SB3's rollout buffers hand out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
+
+
+def indexed_minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[tuple[Any, np.ndarray]]:
+    """
+    The buffer's own minibatches, each with the places of its samples in the flattened rollout.
+
+    :param buffer: any rollout buffer that hands out its samples through ``_get_samples``, as SB3's do
+    :param batch_size: minibatch size
+    :return: pairs of samples and indices
+    """
+    taken: list[np.ndarray] = []
+    get_samples = buffer._get_samples
+
+    def recording(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
+        taken.append(batch_inds)
+        return get_samples(batch_inds, *args, **kwargs)
+
+    buffer._get_samples = recording  # type: ignore[method-assign]
+    try:
+        for samples in buffer.get(batch_size):
+            yield samples, taken.pop()
+    finally:
+        del buffer._get_samples
+
+
+def episode_positions(episode_starts: np.ndarray, carried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Steps since the start of the episode, for each sample of a rollout.
+
+    :param episode_starts: non-zero where an episode starts, shape (n_steps, n_envs)
+    :param carried: steps already done in the episodes that run on from the last rollout, shape (n_envs,)
+    :return: positions, shape (n_steps, n_envs), and the steps to carry to the next rollout, shape (n_envs,)
+    """
+    step = np.arange(len(episode_starts))[:, None]
+    # Where the current episode started: a negative step if in an earlier rollout.
+    start = np.maximum.accumulate(np.where(episode_starts > 0, step, -carried[None, :]), axis=0)
+    positions = step - start
+    return positions, positions[-1] + 1
+
+
+class PolicySnapshot:
+    """
+    The rollout policy's action distribution at every sample of a rollout.
+
+    :param size: number of samples, n_steps * n_envs
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.family = ""
+        self.parameters: Parameters = ()
+
+    def store(self, indices: np.ndarray, mask: th.Tensor | None, policy: BasePolicy) -> None:
+        """
+        Take in the distribution that the policy holds.
+
+        :param indices: places of the samples in the rollout
+        :param mask: rows of the distribution that are samples, None if all are
+        :param policy: the policy, after it has evaluated these samples
+        """
+        self.family, parameters = parameters_of(policy.action_dist)
+        if not self.parameters:
+            self.parameters = tuple(p.new_empty(self.size, *p.shape[1:]) for p in parameters)
+        for kept, current in zip(self.parameters, parameters, strict=True):
+            kept[indices] = current if mask is None else current[mask]
+
+    def kl(self, indices: np.ndarray, mask: th.Tensor | None, policy: BasePolicy) -> th.Tensor:
+        """
+        KL(π_old ‖ π_new) at each sample of a minibatch, 0 where the mask is False.
+
+        :param indices: places of the samples in the rollout
+        :param mask: rows of the distribution that are samples, None if all are
+        :param policy: the policy, after it has evaluated these samples
+        :return: divergence in nats, shape (B,), differentiable
+        """
+        _, current = parameters_of(policy.action_dist)
+        if mask is None:
+            return DIVERGENCES[self.family](tuple(kept[indices] for kept in self.parameters), current)
+        # The padding of a sequence stays out of the graph, where a NaN of it would reach the weights.
+        divergence = DIVERGENCES[self.family](
+            tuple(kept[indices] for kept in self.parameters), tuple(parameter[mask] for parameter in current)
+        )
+        return padded(divergence, mask)
+
+
+def padded(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    """
+    Put values of the samples that count where the mask is True, and 0 elsewhere.
+
+    :param values: shape (n,), n being the number of True values in the mask
+    :param mask: shape (B,); None leaves the values as they are
+    :return: shape (B,)
+    """
+    if mask is None:
+        return values
+    return th.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -1,0 +1,140 @@
+"""What is installed: the wheel and the sdist, built from a copy of this project and used from somewhere else."""
+
+import re
+import shutil
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import python, train
+
+import sb3_klip
+
+ROOT = Path(__file__).parent.parent
+LEFTOVERS = shutil.ignore_patterns(
+    ".git", ".?*venv*", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist of this project and the wheel built from that sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    shutil.copytree(ROOT, folder / "source", ignore=LEFTOVERS)
+    # Given neither --sdist nor --wheel, it builds the wheel from the sdist: what the sdist lacks, the wheel lacks too.
+    python("-m", "build", "--no-isolation", "--outdir", folder, folder / "source", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> dict[str, str]:
+    """
+    Environment variables with which Python finds the wheel, unpacked by pip, before any other installation of the package.
+
+    Its metadata is found first as well, so it is its own entry point that torch calls.
+    """
+    site = tmp_path_factory.mktemp("site")
+    python("-m", "pip", "install", "--no-deps", "--target", site, wheel, cwd=site)
+    return {"PYTHONPATH": str(site)}
+
+
+@pytest.mark.slow
+def test_sdist_is_the_whole_project(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    top = {
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "Makefile",
+        "constraints.txt",
+        "setup.cfg",
+        "pyproject.toml",
+    }
+    assert top <= names
+    for folder in ("sb3_klip", "hyperparams", "tests"):
+        here = {
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).rglob("*.*")
+            if path.suffix in (".py", ".yml", ".typed")
+        }
+        assert here
+        assert here <= names
+    assert not any("__pycache__" in name for name in names)
+
+
+@pytest.mark.slow
+def test_wheel_has_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = set(file.namelist())
+        entry_points = file.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert {name.split("/")[0] for name in names} == {"sb3_klip", f"sb3_klip-{sb3_klip.__version__}.dist-info"}
+    assert {"sb3_klip/py.typed", "sb3_klip/hyperparams/klip_ppo.yml", "sb3_klip/hyperparams/paper.yml"} <= names
+    modules = {f"sb3_klip/{path.relative_to(ROOT / 'sb3_klip')}" for path in (ROOT / "sb3_klip").rglob("*.py")}
+    assert modules <= names
+    # Nothing else may run when Python or torch starts.
+    assert not any(name.endswith(".pth") for name in names)
+    assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "sb3_klip._autoload:watch_for_zoo"]
+
+
+@pytest.mark.slow
+def test_wheel_is_found_with_its_data(installed, tmp_path):
+    script = """
+import importlib.metadata, importlib.resources, sb3_klip, sb3_klip.coefficients
+files = importlib.resources.files("sb3_klip.hyperparams")
+print(sb3_klip.__file__)
+print(files)
+print(importlib.metadata.version("sb3-klip") == sb3_klip.__version__)
+print(all((files / name).is_file() for name in ("klip_ppo.yml", "paper.yml")))
+print(sb3_klip.zoo.overlaid_hyperparams("ppo", "klip_ppo")["Hopper-v4"]["n_steps"])
+"""
+    package, data, *rest = python("-c", script, cwd=tmp_path, env=installed).stdout.splitlines()
+    assert Path(package).parent.parent == Path(installed["PYTHONPATH"])
+    assert Path(data).parent.parent == Path(installed["PYTHONPATH"])
+    assert rest == ["True", "True", "512"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conf", [(), ("-conf", "sb3_klip.hyperparams.paper")], ids=["tuned", "paper"])
+def test_wheel_trains_through_rl_zoo(installed, tmp_path, conf):
+    update = ("-params", "n_envs:1", "n_steps:64", "n_epochs:1")
+    train("--env", "Hopper-v4", *conf, "--eval-freq", -1, "-n", 64, *update, cwd=tmp_path, env=installed)
+    assert (tmp_path / "logs" / "klip_ppo" / "Hopper-v4_1" / "Hopper-v4.zip").exists()
+
+
+def test_versions_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sb3_klip.__version__ == citation["version"] == newest[1]
+
+
+def test_constraints_allow_what_the_package_asks_for():
+    """A pin outside of the bounds in ``setup.cfg`` would make `make` fail on a fresh machine only."""
+    from configparser import ConfigParser
+
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        pin.name.lower().replace("_", "-"): pin
+        for pin in (Requirement(line) for line in lines if line and line[0] != "#")
+    }
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    wanted = setup["options"]["install_requires"].splitlines()
+    wanted += [line for extra in setup["options.extras_require"].values() for line in extra.splitlines()]
+    for requirement in (Requirement(line) for line in wanted if line and not line.startswith("#")):
+        pin = pins[requirement.name.lower()]
+        (version,) = (specifier.version for specifier in pin.specifier)
+        assert version in requirement.specifier, f"{pin} is not {requirement}"
