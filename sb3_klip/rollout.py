@@ -60,6 +60,7 @@ class PolicySnapshot:
         self.size = size
         self.family = ""
         self.parameters: Parameters = ()
+        self._seen: th.Tensor | None = None
 
     def store(self, indices: np.ndarray, mask: th.Tensor | None, policy: BasePolicy) -> None:
         """
@@ -68,8 +69,16 @@ class PolicySnapshot:
         :param indices: places of the samples in the rollout
         :param mask: rows of the distribution that are samples, None if all are
         :param policy: the policy, after it has evaluated these samples
+        :raises ValueError: if the policy does not hold the distribution that it evaluated the samples with
         """
         self.family, parameters = parameters_of(policy.action_dist)
+        rows = len(indices) if mask is None else len(mask)
+        if parameters[0] is self._seen or len(parameters[0]) != rows:
+            raise ValueError(
+                f"{type(policy).__name__}.evaluate_actions does not use the policy's action_dist, so the closed form of the "
+                "KL divergence is not at hand. Use beta='fixed' or 'adaptive' with the estimator 'k3' or 'k1'."
+            )
+        self._seen = parameters[0]
         if not self.parameters:
             self.parameters = tuple(p.new_empty(self.size, *p.shape[1:]) for p in parameters)
         for kept, current in zip(self.parameters, parameters, strict=True):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch as th
 
 from sb3_klip.coefficients import ESTIMATORS, Coefficient, CoefficientLike, make
+from sb3_klip.errors import did_you_mean
 from sb3_klip.partition import Partition, bounds, harmful_distance, partition
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "weight_space_loss",
     "weight_space_penalty",
 ]
+
+
+REDUCTIONS = ("mean", "sequence_mean", "none")
 
 
 def masked_mean(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
@@ -247,6 +251,7 @@ def per_sample_kl_loss(
     coefficient: str | CoefficientLike = "step",
     clip_range: float | th.Tensor = 0.2,
     mask: th.Tensor | None = None,
+    reduction: str = "mean",
     **quantities: th.Tensor | float,
 ) -> th.Tensor:
     """
@@ -260,15 +265,25 @@ def per_sample_kl_loss(
     :param coefficient: name of a coefficient, a :class:`~sb3_klip.coefficients.Coefficient`, or your own function
     :param clip_range: half-width ε, a number or a tensor
     :param mask: True where a sample counts; ``None`` counts all
+    :param reduction: ``"mean"`` over all samples that count (PPO); ``"sequence_mean"`` over those of each row of ``(B, T)``
+        and then over the rows (GRPO, arXiv 2402.03300); ``"none"`` for the losses themselves, 0 where the mask is False
     :param quantities: what the coefficient asks for beyond ratio, advantages and clip range, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
-    :return: scalar to minimise
-    :raises ValueError: if shapes differ, or the coefficient is unknown or asks for a quantity that is not given
+    :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
+    :raises ValueError: if shapes differ, the reduction is unknown, or the coefficient is unknown or asks for a quantity that is not given
     :raises TypeError: if the log-probabilities are not of a floating dtype
     """
     _check(log_prob, old_log_prob, advantages, mask)
-    terms = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities)  # type: ignore[arg-type]
-    return masked_mean(terms.loss, mask)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
+    if reduction == "sequence_mean" and log_prob.ndim != 2:
+        raise ValueError(f"reduction='sequence_mean' needs shape (B, T), not {tuple(log_prob.shape)}")
+    loss = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities).loss  # type: ignore[arg-type]
+    if reduction == "mean":
+        return masked_mean(loss, mask)
+    kept = th.ones_like(loss, dtype=th.bool) if mask is None else mask
+    loss = th.where(kept, loss, 0.0)
+    return loss if reduction == "none" else (loss.sum(dim=1) / kept.sum(dim=1)).mean()
 
 
 def _check(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None) -> None:

@@ -269,6 +269,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""
         self.policy.load_state_dict(before)
         self.policy.optimizer.state.clear()
+        self.policy.optimizer.zero_grad()
         raise ValueError(
             f"{type(self).__name__} with beta={self.beta!r} stopped at {self.num_timesteps} steps "
             f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: {problem}. "
@@ -353,4 +354,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """
         if "beta" in kwargs:
             kwargs["beta"] = make_beta(kwargs["beta"], kwargs.setdefault("beta_kwargs", None))
-        return super().load(*args, **kwargs)
+        model = super().load(*args, **kwargs)
+        if "beta_kwargs" in kwargs and isinstance(model.beta, str):
+            make_beta(model.beta, model.beta_kwargs)  # raises: these parameters are not the file's
+        return model

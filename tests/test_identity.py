@@ -165,3 +165,35 @@ def test_training_continues_identically():
         model.set_random_seed(1)
         models.append(model.learn(256, reset_num_timesteps=False))
     assert_identical(*models)
+
+
+@pytest.mark.parametrize(
+    ("beta", "beta_kwargs"),
+    [
+        ("linear_ramp", {"width": 0}),
+        ("asymmetric", {"width_up": 0, "width_down": 0}),
+        ("rollback", {"slope": 0}),
+        ("clip_higher", {"low": 0.2, "high": 0.2}),
+        ("dual_clip", {"bound": 1e6}),
+        ("position", {"end": 1.0}),
+        ("trust_region", {"delta": 1e6}),
+    ],
+)
+def test_limits_of_other_coefficients(beta, beta_kwargs):
+    """Where a coefficient's parameters make it `step` (or `none`, which the last one is), the whole run is the same."""
+    kwargs = {**FAST, "batch_size": 60}
+    model, _ = train(KLipPPO, "MlpPolicy", cartpole, 400, **kwargs, beta=beta, beta_kwargs=beta_kwargs)
+    reference, _ = (
+        train(KLipPPO, "MlpPolicy", cartpole, 400, **kwargs, beta="none")
+        if beta == "trust_region"
+        else train(PPO, "MlpPolicy", cartpole, 400, **kwargs)
+    )
+    assert_identical(model, reference)
+
+
+def test_measuring_the_kl_divergence_changes_nothing():
+    """Neither the snapshot of the rollout policy nor the final measurement draws a random number."""
+    kwargs = {**FAST, "batch_size": 60}
+    model, logs = train(KLipPPO, DropoutPolicy, pendulum, 400, **kwargs, log_kl=True)
+    assert logs.column("train/kl")
+    assert_identical(model, train(PPO, DropoutPolicy, pendulum, 400, **kwargs)[0])

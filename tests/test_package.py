@@ -2,28 +2,34 @@
 
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 import yaml
 from commands import python, train
+from packaging.requirements import Requirement
 
 import sb3_klip
 
 ROOT = Path(__file__).parent.parent
 LEFTOVERS = shutil.ignore_patterns(
-    ".git", ".?*venv*", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis"
+    ".git", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis"
 )
+
+
+def leftovers(folder: str, names: list[str]) -> set[str]:
+    """What working on the project leaves in it, virtual environments of any name included."""
+    return {*LEFTOVERS(folder, names), *(name for name in names if Path(folder, name, "pyvenv.cfg").exists())}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist of this project and the wheel built from that sdist."""
     folder = tmp_path_factory.mktemp("built")
-    shutil.copytree(ROOT, folder / "source", ignore=LEFTOVERS)
+    shutil.copytree(ROOT, folder / "source", ignore=leftovers)
     # Given neither --sdist nor --wheel, it builds the wheel from the sdist: what the sdist lacks, the wheel lacks too.
     python("-m", "build", "--no-isolation", "--outdir", folder, folder / "source", cwd=folder)
     return folder
@@ -38,7 +44,7 @@ def wheel(built) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> dict[str, str]:
     """
-    Environment variables with which Python finds the wheel, unpacked by pip, before any other installation of the package.
+    Environment variables with which Python finds the wheel, unpacked by pip, before any other installation.
 
     Its metadata is found first as well, so it is its own entry point that torch calls.
     """
@@ -47,7 +53,6 @@ def installed(wheel, tmp_path_factory) -> dict[str, str]:
     return {"PYTHONPATH": str(site)}
 
 
-@pytest.mark.slow
 def test_sdist_is_the_whole_project(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as file:
@@ -74,7 +79,6 @@ def test_sdist_is_the_whole_project(built):
     assert not any("__pycache__" in name for name in names)
 
 
-@pytest.mark.slow
 def test_wheel_has_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
@@ -88,7 +92,6 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "sb3_klip._autoload:watch_for_zoo"]
 
 
-@pytest.mark.slow
 def test_wheel_is_found_with_its_data(installed, tmp_path):
     script = """
 import importlib.metadata, importlib.resources, sb3_klip, sb3_klip.coefficients
@@ -120,11 +123,7 @@ def test_versions_agree():
 
 
 def test_constraints_allow_what_the_package_asks_for():
-    """A pin outside of the bounds in ``setup.cfg`` would make `make` fail on a fresh machine only."""
-    from configparser import ConfigParser
-
-    from packaging.requirements import Requirement
-
+    """A pin outside of the bounds in ``setup.cfg`` would make ``make`` fail, but on a fresh machine only."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {
         pin.name.lower().replace("_", "-"): pin

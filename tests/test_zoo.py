@@ -154,30 +154,18 @@ def test_console_script(tmp_path):
 
 @pytest.mark.slow
 def test_optimize_hyperparameters(tmp_path):
-    search = (
-        "-optimize",
-        "--n-trials",
-        2,
-        "--n-jobs",
-        1,
-        "--sampler",
-        "random",
-        "--pruner",
-        "none",
-        "--no-optim-plots",
-    )
+    search = ("-optimize", "--n-trials", 2, "--n-jobs", 1, "--sampler", "random", "--pruner", "none")
     study = ("--storage", "study.log", "--study-name", "study")
-    command = ("--env", "CartPole-v1", "-n", 64, *study)
+    command = ("--env", "CartPole-v1", "-n", 64, "--seed", 0, *study)
     # What is not searched for is taken from the command line, the coefficient included.
-    completed = train(*command, *search, "-params", "n_envs:1", "beta:'none'", cwd=tmp_path)
+    completed = train(*command, *search, "--no-optim-plots", "-params", "n_envs:1", "beta:'none'", cwd=tmp_path)
     assert "Number of finished trials:  2" in completed.stdout
     assert len(list((tmp_path / "logs" / "klip_ppo").glob("report_*.csv"))) == 1
 
     train(*command, "--eval-freq", -1, "--trial-id", 1, cwd=tmp_path)
-    (folder,) = (
-        path for path in (tmp_path / "logs" / "klip_ppo").glob("CartPole-v1_*") if (path / "CartPole-v1.zip").exists()
-    )
-    assert {"gae_lambda", "max_grad_norm", "policy_kwargs"} <= set(config(folder))
+    # The trials left a folder of their own, with no model in it.
+    (model,) = (tmp_path / "logs" / "klip_ppo").glob("*/CartPole-v1.zip")
+    assert {"gae_lambda", "max_grad_norm", "policy_kwargs"} <= set(config(model.parent))
 
 
 # -- the identity, through RL Zoo --------------------------------------------------------------------------------------
@@ -221,7 +209,7 @@ def test_hopper_is_ppo_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", MUJOCO)
+@pytest.mark.parametrize("env_id", [env_id for env_id in MUJOCO if env_id != "Hopper-v4"])
 def test_mujoco_tasks_are_ppo_bit_for_bit(tmp_path, env_id):
     assert_same_training(tmp_path, env_id, 2048)
 

@@ -265,6 +265,6 @@ def soft_adaptive(
     :param tau_neg: τ where Â <= 0
     :return: gate
     """
-    temperature = th.where(advantages > 0, tau_pos, tau_neg).to(ratio.dtype)
+    temperature = th.full_like(ratio, tau_neg).masked_fill(advantages > 0, tau_pos)
     # 1 - 4p(1 - p) is tanh² of half the argument, without the loss of digits near w = 1
     return th.tanh(temperature * (ratio - 1) / 2).square()
