@@ -24,6 +24,7 @@ from rl_zoo3.utils import ALGOS
 from sb3_klip._autoload import SCRIPTS
 from sb3_klip.errors import did_you_mean
 from sb3_klip.klip_ppo import KLipPPO
+from sb3_klip.search import SEARCH, converting, searching
 from sb3_klip.training import make_beta
 
 #: Our algorithms in RL Zoo, each with the zoo's algorithm whose hyperparameters and sampler it takes.
@@ -35,7 +36,7 @@ def register() -> None:
     for name, (algorithm, base) in ALGORITHMS.items():
         ALGOS[name] = algorithm
         HYPERPARAMS_SAMPLER[name] = HYPERPARAMS_SAMPLER[base]
-        HYPERPARAMS_CONVERTER[name] = HYPERPARAMS_CONVERTER[base]
+        HYPERPARAMS_CONVERTER[name] = converting(HYPERPARAMS_CONVERTER[base])
     if not hasattr(ExperimentManager.read_hyperparameters, "__wrapped__"):
         ExperimentManager.read_hyperparameters = _reading_beta(ExperimentManager.read_hyperparameters)  # type: ignore[method-assign]
 
@@ -51,6 +52,16 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
         if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
+        if hyperparams.get("beta") == SEARCH:
+            if not self.optimize_hyperparameters:
+                raise ValueError("beta='search' is for --optimize-hyperparameters; to train, name a coefficient")
+            if "beta_kwargs" in hyperparams:
+                raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
+            # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
+            base = ALGORITHMS[self.algo][1]
+            HYPERPARAMS_SAMPLER[self.algo] = searching(HYPERPARAMS_SAMPLER[base])
+            del hyperparams["beta"]
+            return hyperparams, saved_hyperparams
         if isinstance(text := hyperparams.get("beta_kwargs"), str):
             # As the zoo does with policy_kwargs: "dict(width=0.1)"
             try:
