@@ -10,16 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_klip import coefficients, surrogate, zoo
+    from sb3_klip.klip_maskable_ppo import KLipMaskablePPO
     from sb3_klip.klip_ppo import KLipPPO
+    from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
 
 __version__ = "0.1.0"
 
-__all__ = ["KLipPPO", "__version__", "coefficients", "surrogate", "zoo"]
+_ALGORITHMS = {
+    "KLipMaskablePPO": "klip_maskable_ppo",
+    "KLipPPO": "klip_ppo",
+    "KLipRecurrentPPO": "klip_recurrent_ppo",
+}
+
+__all__ = ["KLipMaskablePPO", "KLipPPO", "KLipRecurrentPPO", "__version__", "coefficients", "surrogate", "zoo"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "KLipPPO":
-        return importlib.import_module("sb3_klip.klip_ppo").KLipPPO
+    if name in _ALGORITHMS:
+        return getattr(importlib.import_module(f"sb3_klip.{_ALGORITHMS[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"sb3_klip.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

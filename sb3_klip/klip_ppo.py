@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_klip.coefficients import CoefficientLike
-from sb3_klip.training import PerSampleKLTraining, make_beta
+from sb3_klip.training import PerSampleKLTraining, check_policy, make_beta
 
 SelfKLipPPO = TypeVar("SelfKLipPPO", bound="KLipPPO")
 
@@ -55,7 +55,7 @@ class KLipPPO(PerSampleKLTraining, PPO):
     :param beta_kwargs: Parameters of the coefficient; each number may also be "lin_x" or a function of the remaining progress
     :param log_kl: Whether to log ``train/kl``, the closed-form KL divergence of the final policy of each update from the
         rollout policy, averaged over the rollout; costs two forward passes per update
-    :raises ValueError: if ``beta`` is unknown, or a parameter is out of range
+    :raises ValueError: if ``beta`` or ``policy`` is unknown, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """
 
@@ -95,6 +95,7 @@ class KLipPPO(PerSampleKLTraining, PPO):
         self.beta = make_beta(beta, beta_kwargs)
         self.beta_kwargs = beta_kwargs
         self.log_kl = log_kl
+        check_policy(policy, self.policy_aliases, ActorCriticPolicy)
         super().__init__(
             policy,
             env,

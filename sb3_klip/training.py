@@ -3,7 +3,7 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sb3_klip.coefficients import Coefficient, CoefficientLike, make
 from sb3_klip.diagnostics import Minibatch, UpdateLog
 from sb3_klip.divergence import CLOSED_FORM
+from sb3_klip.errors import did_you_mean
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
@@ -37,6 +38,21 @@ def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None) -
     if beta_kwargs is not None and not isinstance(beta_kwargs, dict):
         raise TypeError(f"beta_kwargs must be a dict of parameters of the coefficient or None, not {beta_kwargs!r}")
     return make(beta, **(beta_kwargs or {}))
+
+
+def check_policy(policy: str | type, aliases: Mapping[str, type], base: type) -> None:
+    """
+    Refuse a policy that the algorithm cannot use, before anything is built.
+
+    :param policy: as given to the constructor
+    :param aliases: policies known by name
+    :param base: class that the algorithm's policies derive from
+    :raises ValueError: naming the policies that fit
+    """
+    if isinstance(policy, str) and policy not in aliases:
+        raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")
+    if isinstance(policy, type) and not issubclass(policy, base):
+        raise ValueError(f"policy={policy.__name__} must derive from {base.__name__}, as do {', '.join(aliases)}")
 
 
 class PerSampleKLTraining(OnPolicyAlgorithm):

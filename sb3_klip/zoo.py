@@ -20,15 +20,20 @@ import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_klip._autoload import SCRIPTS
 from sb3_klip.errors import did_you_mean
 from sb3_klip.klip_ppo import KLipPPO
+from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
 from sb3_klip.search import SEARCH, converting, searching
 from sb3_klip.training import make_beta
 
 #: Our algorithms in RL Zoo, each with the zoo's algorithm whose hyperparameters and sampler it takes.
-ALGORITHMS = {"klip_ppo": (KLipPPO, "ppo")}
+ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str]] = {
+    "klip_ppo": (KLipPPO, "ppo"),
+    "klip_ppo_lstm": (KLipRecurrentPPO, "ppo_lstm"),
+}
 
 
 def register() -> None:
