@@ -1,4 +1,4 @@
-"""What ``rl_zoo3.train --algo klip_ppo_lstm`` reads: the installed zoo's ``ppo_lstm.yml``, with ``klip_ppo_lstm.yml`` laid over it."""
+"""What ``rl_zoo3.train --algo klip_ppo_lstm`` reads: the zoo's ``ppo_lstm.yml``, with ``klip_ppo_lstm.yml`` laid over it."""
 
 from typing import Any
 

@@ -149,7 +149,7 @@ class UpdateLog:
         logs["approx_kl"] = last_epoch["approx_kl"] / self._counts[-1]
         logs["beta_abs_max"] = max(row[names.index("beta_abs_max")] for row in table)
         last = self.minibatches[-1]
-        losses = th.stack([self._last_policy_loss, self.minibatches[-1].entropy_loss, self.minibatches[-1].value_loss])
+        losses = th.stack([self._last_policy_loss, last.entropy_loss, last.value_loss])
         policy_loss, entropy_loss, value_loss = losses.tolist()
         logs["loss"] = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
         return logs

@@ -95,9 +95,7 @@ class KLipMaskablePPO(PerSampleKLTraining, MaskablePPO):
             _init_setup_model=_init_setup_model,
         )
 
-    def _evaluate_actions(
-        self, rollout_data: Any, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(rollout_data.observations, actions, action_masks=rollout_data.action_masks)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
@@ -117,9 +115,13 @@ class KLipMaskablePPO(PerSampleKLTraining, MaskablePPO):
         masks = kwargs.get("action_masks")
         if masks is None:
             return
-        # MultiBinary has two choices, off and on, in each dimension.
         space = self.action_space
-        sizes = [int(space.n)] if isinstance(space, spaces.Discrete) else list(getattr(space, "nvec", [2] * int(np.prod(space.shape))))
+        if isinstance(space, spaces.Discrete):
+            sizes = [int(space.n)]
+        elif isinstance(space, spaces.MultiDiscrete):
+            sizes = [int(size) for size in space.nvec]
+        else:  # MultiBinary: off and on in each dimension
+            sizes = [2] * int(np.prod(space.shape or ()))
         rows = np.asarray(masks, dtype=bool).reshape(-1, sum(sizes))
         for dimension, choices in enumerate(np.split(rows, np.cumsum(sizes)[:-1], axis=1)):
             if not (allowed := choices.any(axis=1)).all():

@@ -93,10 +93,8 @@ class KLipRecurrentPPO(PerSampleKLTraining, RecurrentPPO):
             _init_setup_model=_init_setup_model,
         )
 
-    def _evaluate_actions(
-        self, rollout_data: Any, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return self.policy.evaluate_actions(
+    def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return self.policy.evaluate_actions(  # type: ignore[call-arg]
             rollout_data.observations, actions, rollout_data.lstm_states, rollout_data.episode_starts
         )
 

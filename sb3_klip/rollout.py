@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import BasePolicy
 
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 
@@ -62,7 +61,7 @@ class PolicySnapshot:
         self.parameters: Parameters = ()
         self._seen: th.Tensor | None = None
 
-    def store(self, indices: np.ndarray, mask: th.Tensor | None, policy: BasePolicy) -> None:
+    def store(self, indices: np.ndarray, mask: th.Tensor | None, policy: Any) -> None:
         """
         Take in the distribution that the policy holds.
 
@@ -84,7 +83,7 @@ class PolicySnapshot:
         for kept, current in zip(self.parameters, parameters, strict=True):
             kept[indices] = current if mask is None else current[mask]
 
-    def kl(self, indices: np.ndarray, mask: th.Tensor | None, policy: BasePolicy) -> th.Tensor:
+    def kl(self, indices: np.ndarray, mask: th.Tensor | None, policy: Any) -> th.Tensor:
         """
         KL(π_old ‖ π_new) at each sample of a minibatch, 0 where the mask is False.
 

@@ -10,13 +10,13 @@ All return the scalar to minimise. Tensors have shape ``(B,)``, or ``(B, T)`` fo
 ``mask`` is True where a sample counts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
 
 from sb3_klip.coefficients import ESTIMATORS, Coefficient, CoefficientLike, make
 from sb3_klip.errors import did_you_mean
-from sb3_klip.partition import Partition, bounds, harmful_distance, partition
+from sb3_klip.partition import Partition, harmful_distance, partition
 
 __all__ = [
     "Partition",
@@ -146,9 +146,7 @@ class PerSampleKL(NamedTuple):
     estimate: th.Tensor | None
 
 
-def kl_estimate(
-    estimator: str, log_prob: th.Tensor, old_log_prob: th.Tensor, kl: th.Tensor | None = None
-) -> th.Tensor:
+def kl_estimate(estimator: str, log_prob: th.Tensor, old_log_prob: th.Tensor, kl: th.Tensor | None = None) -> th.Tensor:
     """
     Estimate KL(π_old ‖ π_new) for each sample.
 
@@ -252,7 +250,7 @@ def per_sample_kl_loss(
     clip_range: float | th.Tensor = 0.2,
     mask: th.Tensor | None = None,
     reduction: str = "mean",
-    **quantities: th.Tensor | float,
+    **quantities: Any,
 ) -> th.Tensor:
     """
     The surrogate with one KL coefficient per sample: ``-E[w Â + β log π] + E[weight · KL]`` (arXiv 2606.23932, theorem 1).
@@ -270,7 +268,7 @@ def per_sample_kl_loss(
     :param quantities: what the coefficient asks for beyond ratio, advantages and clip range, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, the reduction is unknown, or the coefficient is unknown or asks for a quantity that is not given
+    :raises ValueError: if shapes differ, the reduction or the coefficient is unknown, or a quantity that it asks for is missing
     :raises TypeError: if the log-probabilities are not of a floating dtype
     """
     _check(log_prob, old_log_prob, advantages, mask)
@@ -278,7 +276,7 @@ def per_sample_kl_loss(
         raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
     if reduction == "sequence_mean" and log_prob.ndim != 2:
         raise ValueError(f"reduction='sequence_mean' needs shape (B, T), not {tuple(log_prob.shape)}")
-    loss = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities).loss  # type: ignore[arg-type]
+    loss = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities).loss
     if reduction == "mean":
         return masked_mean(loss, mask)
     kept = th.ones_like(loss, dtype=th.bool) if mask is None else mask

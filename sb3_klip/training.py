@@ -4,14 +4,14 @@ import io
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
 
 from sb3_klip.coefficients import Coefficient, CoefficientLike, make
@@ -55,6 +55,29 @@ def check_policy(policy: str | type, aliases: Mapping[str, type], base: type) ->
         raise ValueError(f"policy={policy.__name__} must derive from {base.__name__}, as do {', '.join(aliases)}")
 
 
+class Update(NamedTuple):
+    """
+    What does not change during one ``train()``.
+
+    :param coefficient: the coefficient, its schedules brought up to date
+    :param clip_range: half-width ε
+    :param clip_range_vf: clipping range of the value function, if any
+    :param snapshot: the rollout policy's distributions, if they are asked for
+    :param positions: position of each sample in its episode, if asked for
+    """
+
+    coefficient: Coefficient
+    clip_range: float
+    clip_range_vf: float | None
+    snapshot: PolicySnapshot | None
+    positions: th.Tensor | None
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the place of each sample in the rollout has to be known."""
+        return self.coefficient.needs_kl or self.positions is not None
+
+
 class PerSampleKLTraining(OnPolicyAlgorithm):
     """
     ``train()``, ``save()`` and ``load()`` of the subclasses of SB3's and sb3-contrib's PPO.
@@ -69,10 +92,11 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     log_kl: bool
     # Steps that the environments' running episodes already had when the last rollout ended.
     _episode_steps: list[int] | None = None
+    # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
-    batch_size: int
-    clip_range: FloatSchedule
-    clip_range_vf: FloatSchedule | None
+    batch_size: Any
+    clip_range: Any
+    clip_range_vf: Any
     normalize_advantage: bool
     target_kl: float | None
 
@@ -107,21 +131,13 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
         :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
         """
-        coefficient = self._coefficient()
-        coefficient.set_progress(self._current_progress_remaining)
-        self._update_learning_rate(self.policy.optimizer)
-        clip_range = self.clip_range(self._current_progress_remaining)
-        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
-        positions = self._positions() if "position" in coefficient.requests else None
-        snapshot = self._snapshot() if coefficient.needs_kl or self.log_kl else None
-
-        self.policy.set_training_mode(True)
-        log = UpdateLog(clip_range, coefficient.estimator)
+        update = self._begin_update()
+        log = UpdateLog(update.clip_range, update.coefficient.estimator)
         before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
         for epoch in range(self.n_epochs):
             log.begin_epoch()
             try:
-                finished = self._train_epoch(epoch, coefficient, clip_range, clip_range_vf, snapshot, positions, log)
+                finished = self._train_epoch(epoch, update, log)
             except ValueError as error:
                 # torch's distributions refuse the NaN parameters that a bad step leaves behind.
                 if (problem := log.first_non_finite()) is not None:
@@ -133,61 +149,49 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             self._n_updates += 1
             if not finished:
                 break
+        self._end_update(update, log)
 
-        for key, value in log.summary(self.ent_coef, self.vf_coef).items():
-            self.logger.record(f"train/{key}", value)
-        if coefficient.learns or self.log_kl:
-            kl = self._rollout_kl(snapshot)
-            coefficient.end_update(kl)
-            self.logger.record("train/kl", kl)
-        buffer = self.rollout_buffer
-        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
-        self.logger.record("train/explained_variance", explained)
-        if hasattr(self.policy, "log_std"):
-            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", clip_range)
-        if clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", clip_range_vf)
+    def _begin_update(self) -> Update:
+        """Bring schedules up to date, and see to what the coefficient asks for before the first step changes the policy."""
+        coefficient = self._coefficient()
+        coefficient.set_progress(self._current_progress_remaining)
+        self._update_learning_rate(self.policy.optimizer)
+        clip_range = self.clip_range(self._current_progress_remaining)
+        if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
+            warnings.warn(
+                f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}", stacklevel=4
+            )
+            clip_range = SMALLEST_CLIP_RANGE
+        clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
+        positions = self._positions() if "position" in coefficient.requests else None
+        snapshot = self._snapshot() if coefficient.needs_kl or self.log_kl else None
+        self.policy.set_training_mode(True)
+        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions)
 
-    def _train_epoch(
-        self,
-        epoch: int,
-        coefficient: Coefficient,
-        clip_range: float,
-        clip_range_vf: float | None,
-        snapshot: PolicySnapshot | None,
-        positions: th.Tensor | None,
-        log: UpdateLog,
-    ) -> bool:
+    def _train_epoch(self, epoch: int, update: Update, log: UpdateLog) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
         optimizer = self.policy.optimizer
         parameters = list(self.policy.parameters())
-        if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
-            warnings.warn(f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}")
-            clip_range = SMALLEST_CLIP_RANGE
-        for rollout_data, indices in self._minibatches(indexed=snapshot is not None or positions is not None):
+        for rollout_data, indices in self._minibatches(update.indexed):
             values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask = self._valid_steps(rollout_data)
             advantages = rollout_data.advantages
             if self.normalize_advantage:
                 advantages = self._normalize_advantages(advantages, mask)
 
-            quantities: dict[str, th.Tensor] = {}
-            if coefficient.needs_kl:
-                quantities["kl"] = snapshot.kl(indices, mask, self.policy)
-            if positions is not None:
-                quantities["position"] = padded(positions[indices], mask)
-            if "age" in coefficient.requests:
-                quantities["age"] = th.zeros_like(advantages)
             terms = per_sample_kl(
-                log_prob, rollout_data.old_log_prob, advantages, coefficient, clip_range, **quantities
+                log_prob,
+                rollout_data.old_log_prob,
+                advantages,
+                update.coefficient,
+                update.clip_range,
+                **self._quantities(update, indices, mask, advantages),
             )
             policy_loss = masked_mean(terms.loss, mask)
 
             values = values.flatten()
-            if clip_range_vf is not None:
-                step = th.clamp(values - rollout_data.old_values, -clip_range_vf, clip_range_vf)
+            if update.clip_range_vf is not None:
+                step = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
                 values = rollout_data.old_values + step
             value_loss = self._value_loss(rollout_data.returns, values, mask)
 
@@ -199,7 +203,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 terms._replace(loss=terms.loss.detach()), advantages, mask, value_loss.detach(), entropy_loss.detach()
             )
             log.minibatches.append(minibatch)
-            if self._stops_early(epoch, coefficient, minibatch):
+            if self._stops_early(epoch, update.coefficient, minibatch):
                 return False
 
             optimizer.zero_grad()
@@ -207,6 +211,24 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             optimizer.step()
         return True
+
+    def _end_update(self, update: Update, log: UpdateLog) -> None:
+        """Write the log, and let the coefficient learn from how far the policy went."""
+        for key, value in log.summary(self.ent_coef, self.vf_coef).items():
+            self.logger.record(f"train/{key}", value)
+        if update.coefficient.learns or self.log_kl:
+            kl = self._rollout_kl(update.snapshot)
+            update.coefficient.end_update(kl)
+            self.logger.record("train/kl", kl)
+        buffer = self.rollout_buffer
+        explained = explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        self.logger.record("train/explained_variance", explained)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/clip_range", update.clip_range)
+        if update.clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", update.clip_range_vf)
 
     def _stops_early(self, epoch: int, coefficient: Coefficient, minibatch: Minibatch) -> bool:
         """Whether ``target_kl`` or the coefficient ends the update before this minibatch's step."""
@@ -237,6 +259,19 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
+    def _quantities(
+        self, update: Update, indices: np.ndarray, mask: th.Tensor | None, like: th.Tensor
+    ) -> dict[str, th.Tensor]:
+        """What the coefficient asks to know of the samples that the policy has just evaluated."""
+        quantities = {}
+        if update.coefficient.needs_kl and update.snapshot is not None:
+            quantities["kl"] = update.snapshot.kl(indices, mask, self.policy)
+        if update.positions is not None:
+            quantities["position"] = padded(update.positions[indices], mask)
+        if "age" in update.coefficient.requests:
+            quantities["age"] = th.zeros_like(like)
+        return quantities
+
     def _evaluated_rollout(self) -> Iterator[tuple[Any, np.ndarray, th.Tensor | None, th.Tensor]]:
         """
         The whole rollout once, each minibatch after the policy has evaluated it: samples, indices, mask, log π(a|s).
@@ -250,6 +285,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             yield rollout_data, indices, self._valid_steps(rollout_data), log_prob
         np.random.set_state(random_state)
+        self.policy.set_training_mode(True)
 
     def _snapshot(self) -> PolicySnapshot:
         """The rollout policy's distribution at every sample; one forward pass."""
@@ -288,8 +324,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         self.policy.optimizer.zero_grad()
         raise ValueError(
             f"{type(self).__name__} with beta={self.beta!r} stopped at {self.num_timesteps} steps "
-            f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: {problem}. "
-            "The policy was set back to the parameters from before this update. Try a smaller learning rate or "
+            f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: "
+            f"{problem}. The policy was set back to the parameters from before this update. Try a smaller learning rate or "
             "fewer epochs, or a coefficient that removes such samples."
         ) from cause
 
@@ -339,7 +375,10 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             )
 
     def save(
-        self, path: str | pathlib.Path | io.BufferedIOBase, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
     ) -> None:
         """
         Save the model to a zip file that ``PPO.load`` opens as well; the coefficient stands there as plain JSON.

@@ -41,7 +41,7 @@ def register() -> None:
     for name, (algorithm, base) in ALGORITHMS.items():
         ALGOS[name] = algorithm
         HYPERPARAMS_SAMPLER[name] = HYPERPARAMS_SAMPLER[base]
-        HYPERPARAMS_CONVERTER[name] = converting(HYPERPARAMS_CONVERTER[base])
+        HYPERPARAMS_CONVERTER[name] = converting(HYPERPARAMS_CONVERTER[base])  # type: ignore[assignment]
     if not hasattr(ExperimentManager.read_hyperparameters, "__wrapped__"):
         ExperimentManager.read_hyperparameters = _reading_beta(ExperimentManager.read_hyperparameters)  # type: ignore[method-assign]
 
@@ -64,7 +64,7 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
                 raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
             # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
             base = ALGORITHMS[self.algo][1]
-            HYPERPARAMS_SAMPLER[self.algo] = searching(HYPERPARAMS_SAMPLER[base])
+            HYPERPARAMS_SAMPLER[self.algo] = searching(HYPERPARAMS_SAMPLER[base])  # type: ignore[assignment]
             del hyperparams["beta"]
             return hyperparams, saved_hyperparams
         if isinstance(text := hyperparams.get("beta_kwargs"), str):

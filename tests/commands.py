@@ -9,9 +9,7 @@ from typing import Any
 import yaml
 
 
-def run(
-    *command: object, cwd: Path, status: int = 0, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, status: int = 0, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, and check its exit status."""
     completed = subprocess.run(
         [str(word) for word in command],

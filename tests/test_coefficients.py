@@ -88,13 +88,22 @@ def test_beta_is_that_of_the_published_objective(case, w, a, epsilon):
 
 # Shapes that are published as a gate: values worked out by hand from g = clamp(d/δ, 0, 1), σ(d/τ) and (1-p)·1[outside],
 # with ε = 0.2. Columns: w, Â, gate.
+SIGMOID_OF_1 = 0.7310585786300049
 BY_HAND = {
-    ("linear_ramp", 0.05): [(1.21, 1, 0.2), (1.3, 1, 1.0), (1.2, 1, 0.0), (0.79, -1, 0.2), (0.7, -2, 1.0), (1.3, -1, 0.0), (0.5, 1, 0.0)],
+    ("linear_ramp", 0.05): [
+        (1.21, 1, 0.2),
+        (1.3, 1, 1),
+        (1.2, 1, 0),
+        (0.79, -1, 0.2),
+        (0.7, -2, 1),
+        (1.3, -1, 0),
+        (0.5, 1, 0),
+    ],
     ("linear_ramp", 0.1): [(1.25, 3, 0.5), (0.75, -3, 0.5), (1.0, 1, 0.0)],
-    ("sigmoid", 0.05): [(1.2, 1, 0.5), (1.25, 1, 0.7310585786300049), (1.15, 1, 0.2689414213699951), (0.75, -1, 0.7310585786300049)],
-    ("sigmoid", 0.01): [(1.21, 1, 0.7310585786300049), (0.8, -4, 0.5)],
-    ("soft_min", 0.05): [(1.25, 1, 0.7310585786300049), (1.25, -1, 0.2689414213699951), (0.75, -1, 0.7310585786300049), (1.1, 1, 0.0)],
-}  # fmt: skip
+    ("sigmoid", 0.05): [(1.2, 1, 0.5), (1.25, 1, SIGMOID_OF_1), (1.15, 1, 1 - SIGMOID_OF_1), (0.75, -1, SIGMOID_OF_1)],
+    ("sigmoid", 0.01): [(1.21, 1, SIGMOID_OF_1), (0.8, -4, 0.5)],
+    ("soft_min", 0.05): [(1.25, 1, SIGMOID_OF_1), (1.25, -1, 1 - SIGMOID_OF_1), (0.75, -1, SIGMOID_OF_1), (1.1, 1, 0)],
+}
 
 
 @pytest.mark.parametrize("key", BY_HAND, ids=str)
@@ -344,9 +353,7 @@ def test_one_sample_and_uniform_batches(name):
         for size in (1, 5):
             log_prob = th.full((size,), shift, requires_grad=True)
             zeros = th.zeros(size)
-            loss = per_sample_kl_loss(
-                log_prob, zeros, th.ones(size), name, kl=log_prob.square(), position=zeros, age=zeros
-            )
+            loss = per_sample_kl_loss(log_prob, zeros, th.ones(size), name, kl=log_prob.square(), position=zeros, age=zeros)
             assert th.autograd.grad(loss, log_prob)[0].isfinite().all()
 
 
@@ -500,7 +507,11 @@ def test_own_object_with_state():
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (lambda ratio, advantages, clip_range: ratio.mean(), ValueError, r"shape \(\).*expected a tensor of shape \(8,\)"),
+        (
+            lambda ratio, advantages, clip_range: ratio.mean(),
+            ValueError,
+            r"shape \(\).*expected a tensor of shape \(8,\)",
+        ),
         (lambda ratio, advantages, clip_range: ratio.double(), ValueError, r"torch\.float64"),
         (lambda ratio, advantages, clip_range: ratio * math.nan, ValueError, "must be finite"),
         (lambda ratio, advantages, clip_range: ratio.clone().requires_grad_(), ValueError, "requires_grad=True"),

@@ -100,7 +100,13 @@ CASES = {
     "gsde": (pendulum, {"use_sde": True, "sde_sample_freq": 4, "batch_size": 60, "learning_rate": 1e-2}),
     "squashed_gsde_with_entropy_bonus": (
         pendulum,
-        {"use_sde": True, "ent_coef": 0.01, "policy_kwargs": {"squash_output": True}, "batch_size": 60, "learning_rate": 1e-2},
+        {
+            "use_sde": True,
+            "ent_coef": 0.01,
+            "policy_kwargs": {"squash_output": True},
+            "batch_size": 60,
+            "learning_rate": 1e-2,
+        },
     ),
     "value_clipping": (pendulum, {"clip_range_vf": 0.2, "batch_size": 60}),
     "value_clipping_schedule": (pendulum, {"clip_range_vf": LinearSchedule(0.3, 0.1, 1.0)}),
@@ -110,14 +116,27 @@ CASES = {
     "vec_normalize": (normalized_pendulums, {"batch_size": 50}),
     "schedules": (
         cartpole,
-        {"learning_rate": LinearSchedule(5e-3, 1e-4, 1.0), "clip_range": LinearSchedule(0.2, 0.02, 1.0), "batch_size": 60},
+        {
+            "learning_rate": LinearSchedule(5e-3, 1e-4, 1.0),
+            "clip_range": LinearSchedule(0.2, 0.02, 1.0),
+            "batch_size": 60,
+        },
     ),
     "clip_range_below_zero": (cartpole, {"clip_range": overshooting, "batch_size": 60, "learning_rate": 1e-3}),
     "sgd": (
         pendulum,
-        {"policy_kwargs": {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.9, "weight_decay": 1e-3}}, "learning_rate": 3.0},
+        {
+            "policy_kwargs": {
+                "optimizer_class": th.optim.SGD,
+                "optimizer_kwargs": {"momentum": 0.9, "weight_decay": 1e-3},
+            },
+            "learning_rate": 3.0,
+        },
     ),
-    "separate_networks": (cartpole, {"policy_kwargs": {"net_arch": {"pi": [8], "vf": [16, 16]}, "share_features_extractor": False}}),
+    "separate_networks": (
+        cartpole,
+        {"policy_kwargs": {"net_arch": {"pi": [8], "vf": [16, 16]}, "share_features_extractor": False}},
+    ),
     "dropout": (pendulum, {"policy": DropoutPolicy, "batch_size": 60}),
     "own_buffer": (pendulum, {"rollout_buffer_class": ShiftedBuffer, "batch_size": 60, "normalize_advantage": False}),
 }

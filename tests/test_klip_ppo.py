@@ -14,7 +14,6 @@ import torch as th
 from gymnasium import spaces
 from identity import state_tensors, train
 from stable_baselines3 import PPO
-from stable_baselines3.common.distributions import DiagGaussianDistribution, Distribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -126,7 +125,9 @@ def test_files_pass_between_ppo_and_klip_ppo():
         file.seek(0)
         loaded = target.load(file, env=pendulum())
         observation = pendulum().observation_space.sample()
-        assert np.array_equal(loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0])
+        assert np.array_equal(
+            loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]
+        )
         ours, theirs = state_tensors(loaded), state_tensors(model)
         assert all(th.equal(ours[key], theirs[key]) for key in theirs)
         loaded.learn(64, reset_num_timesteps=False)
@@ -231,7 +232,9 @@ def test_overflow_of_a_removed_sample():
 def test_overflow_of_a_sample_that_passes():
     model = overflowing_model(KLipPPO, -1.0)
     before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
-    with pytest.raises(ValueError, match=r"the importance ratio of a sample that the coefficient lets through is inf") as error:
+    with pytest.raises(
+        ValueError, match=r"the importance ratio of a sample that the coefficient lets through is inf"
+    ) as error:
         model.train()
     assert "beta=step()" in str(error.value)
     assert "epoch 0, minibatch" in str(error.value)
@@ -274,7 +277,7 @@ def test_wrong_shape_in_training_is_refused():
 
 def test_ratio_deviation_ends_the_inner_loop(capsys):
     kwargs = {**FAST, "learning_rate": 3e-2, "n_epochs": 10, "verbose": 1}
-    model, logs = train(KLipPPO, "MlpPolicy", pendulum, 64, **kwargs, beta="espo")
+    model, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **kwargs, beta="espo")
     assert model._n_updates < 10
     assert "Early stopping at step" in capsys.readouterr().out
     model, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **kwargs, beta="none")
@@ -283,9 +286,7 @@ def test_ratio_deviation_ends_the_inner_loop(capsys):
 
 def test_quadratic_holds_the_clip_range_above_zero():
     with pytest.warns(UserWarning, match="clip_range=-0.1 is held at 0.0001 for beta=quadratic"):
-        train(
-            KLipPPO, "MlpPolicy", cartpole, 128, **FAST, beta="quadratic", clip_range=lambda progress: progress - 0.1
-        )
+        train(KLipPPO, "MlpPolicy", cartpole, 128, **FAST, beta="quadratic", clip_range=lambda progress: progress - 0.1)
 
 
 def test_scheduled_parameter_follows_training():
@@ -362,7 +363,9 @@ def test_positions_by_hand():
 )
 def test_divergence_is_that_of_the_two_policies(make_env, kwargs):
     """Against the estimate from actions drawn from the rollout policy, which needs no closed form."""
-    model, logs = train(KLipPPO, "MlpPolicy", make_env, 4096, **{**FAST, "n_steps": 4096, "batch_size": 512}, log_kl=True, **kwargs)
+    model, logs = train(
+        KLipPPO, "MlpPolicy", make_env, 4096, **{**FAST, "n_steps": 4096, "batch_size": 512}, log_kl=True, **kwargs
+    )
     with th.no_grad():
         data = next(model.rollout_buffer.get())
         _, log_prob, _ = model.policy.evaluate_actions(data.observations, model._actions(data))
@@ -400,58 +403,35 @@ def test_adaptive_logs_its_weight():
     assert len(set(weights)) > 1
 
 
+class OtherDistribution:
+    """Behaves like a Gaussian, but is of a class of the user's own."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class OtherPolicy(ActorCriticPolicy):
+    def _get_action_dist_from_latent(self, latent_pi):
+        self.action_dist.inner.proba_distribution(self.action_net(latent_pi), self.log_std)
+        return self.action_dist
+
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.action_dist = OtherDistribution(self.action_dist)
+
+
 def test_sampled_estimators_need_no_closed_form():
-    class OtherDistribution(Distribution):
-        """Behaves like a Gaussian, but is of a class of the user's own."""
-
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def proba_distribution_net(self, *args, **kwargs):
-            return self.inner.proba_distribution_net(*args, **kwargs)
-
-        def proba_distribution(self, *args, **kwargs):
-            self.inner.proba_distribution(*args, **kwargs)
-            return self
-
-        def log_prob(self, x):
-            return self.inner.log_prob(x)
-
-        def entropy(self):
-            return self.inner.entropy()
-
-        def sample(self):
-            return self.inner.sample()
-
-        def mode(self):
-            return self.inner.mode()
-
-        def actions_from_params(self, *args, **kwargs):
-            return self.inner.actions_from_params(*args, **kwargs)
-
-        def log_prob_from_params(self, *args, **kwargs):
-            return self.inner.log_prob_from_params(*args, **kwargs)
-
-    class OtherPolicy(ActorCriticPolicy):
-        def _get_action_dist_from_latent(self, latent_pi):
-            return self.other.proba_distribution(self.action_net(latent_pi), self.log_std)
-
-        def _build(self, lr_schedule):
-            super()._build(lr_schedule)
-            assert isinstance(self.action_dist, DiagGaussianDistribution)
-            self.other = self.action_dist = OtherDistribution(self.action_dist)
-
     for beta in ("fixed", "trust_region"):
         with pytest.raises(ValueError, match=r"OtherDistribution.*'estimator': 'k3'"):
             KLipPPO(OtherPolicy, pendulum(), **FAST, beta=beta)
     with pytest.raises(ValueError, match="log_kl=True needs the closed form"):
         KLipPPO(OtherPolicy, pendulum(), **FAST, log_kl=True)
     for estimator in ("k1", "k3"):
-        model, logs = train(KLipPPO, OtherPolicy, pendulum, 128, **FAST, beta="adaptive", beta_kwargs={"estimator": estimator})
+        kwargs = {"beta": "adaptive", "beta_kwargs": {"estimator": estimator}}
+        model, logs = train(KLipPPO, OtherPolicy, pendulum, 128, **FAST, **kwargs)
         assert model.beta.state_dict() != {}
         assert logs.column("train/kl")[0] >= 0
 

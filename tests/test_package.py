@@ -15,9 +15,7 @@ from packaging.requirements import Requirement
 import sb3_klip
 
 ROOT = Path(__file__).parent.parent
-LEFTOVERS = shutil.ignore_patterns(
-    ".git", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis"
-)
+LEFTOVERS = shutil.ignore_patterns(".git", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis")
 
 
 def leftovers(folder: str, names: list[str]) -> set[str]:
@@ -70,9 +68,7 @@ def test_sdist_is_the_whole_project(built):
     assert top <= names
     for folder in ("sb3_klip", "hyperparams", "tests"):
         here = {
-            str(path.relative_to(ROOT))
-            for path in (ROOT / folder).rglob("*.*")
-            if path.suffix in (".py", ".yml", ".typed")
+            str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".yml", ".typed")
         }
         assert here
         assert here <= names
@@ -126,8 +122,7 @@ def test_constraints_allow_what_the_package_asks_for():
     """A pin outside of the bounds in ``setup.cfg`` would make ``make`` fail, but on a fresh machine only."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {
-        pin.name.lower().replace("_", "-"): pin
-        for pin in (Requirement(line) for line in lines if line and line[0] != "#")
+        pin.name.lower().replace("_", "-"): pin for pin in (Requirement(line) for line in lines if line and line[0] != "#")
     }
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")

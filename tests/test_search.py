@@ -40,7 +40,18 @@ def test_converter_passes_on_trials_without_a_coefficient():
 
 
 def zoo_train(folder, *arguments):
-    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-f", "logs", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "rl_zoo3.train",
+        "--algo",
+        "klip_ppo",
+        "--env",
+        "CartPole-v1",
+        "-f",
+        "logs",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

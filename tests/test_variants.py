@@ -112,7 +112,10 @@ RECURRENT = {
     "value_clipping": (lambda: gym.make("CartPoleNoVel-v1"), {"clip_range_vf": 0.2, "batch_size": 60}),
     "target_kl": (lambda: gym.make("CartPoleNoVel-v1"), {"target_kl": 0.01}),
     "advantages_as_they_are": (lambda: gym.make("CartPoleNoVel-v1"), {"normalize_advantage": False, "batch_size": 60}),
-    "schedules": (lambda: gym.make("CartPoleNoVel-v1"), {"clip_range": LinearSchedule(0.3, -0.1, 1.0), "batch_size": 60}),
+    "schedules": (
+        lambda: gym.make("CartPoleNoVel-v1"),
+        {"clip_range": LinearSchedule(0.3, -0.1, 1.0), "batch_size": 60},
+    ),
 }
 
 VARIANTS = {
@@ -262,7 +265,9 @@ def test_divergence_is_over_allowed_actions():
 
 def test_masked_prediction_and_evaluation(tmp_path):
     env = discrete()
-    callback = MaskableEvalCallback(discrete(), eval_freq=256, n_eval_episodes=2, best_model_save_path=str(tmp_path), verbose=0)
+    callback = MaskableEvalCallback(
+        discrete(), eval_freq=256, n_eval_episodes=2, best_model_save_path=str(tmp_path), verbose=0
+    )
     model = KLipMaskablePPO("MlpPolicy", env, n_steps=256, gamma=0.4, seed=32, verbose=0)
     model.learn(5000, callback=callback)
     assert (tmp_path / "best_model.zip").exists()
@@ -283,9 +288,18 @@ def test_recurrent_learning_and_prediction():
     def make_env():
         return gym.wrappers.TimeLimit(gym.make("CartPoleNoVel-v1"), 100)
 
-    model = KLipRecurrentPPO("MlpLstmPolicy", make_vec_env(make_env, n_envs=8), n_steps=128, learning_rate=0.0007, batch_size=256,
-                             seed=1, n_epochs=10, max_grad_norm=1, gae_lambda=0.98,
-                             policy_kwargs={"net_arch": {"vf": [64], "pi": []}, "lstm_hidden_size": 64, "ortho_init": False, "enable_critic_lstm": True})  # fmt: skip
+    architecture = {"net_arch": {"vf": [64], "pi": []}, "lstm_hidden_size": 64, "ortho_init": False}
+    model = KLipRecurrentPPO(
+        "MlpLstmPolicy",
+        make_vec_env(make_env, n_envs=8),
+        n_steps=128,
+        learning_rate=0.0007,
+        batch_size=256,
+        seed=1,
+        max_grad_norm=1,
+        gae_lambda=0.98,
+        policy_kwargs=architecture,
+    )
     model.learn(50_000)
     env, returns = make_env(), []
     for seed in range(10):
@@ -315,7 +329,7 @@ class ForbiddingOneDimension(InvalidActionEnvMultiDiscrete):
 
 
 def test_masks_that_forbid_every_action():
-    with pytest.raises(ValueError, match="of environment 0 forbids every action$"):
+    with pytest.raises(ValueError, match=r"of environment 0 forbids every action$"):
         KLipMaskablePPO("MlpPolicy", Forbidding(), **FAST).learn(64)
     env = ForbiddingOneDimension(dims=[3, 4], n_invalid_actions=2)
     with pytest.raises(ValueError, match="forbids every action in dimension 1"):

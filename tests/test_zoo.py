@@ -179,8 +179,7 @@ def assert_same_training(cwd: Path, env_id: str, steps: int) -> None:
 
     # The third column is wall-clock time.
     their_episodes, our_episodes = (
-        [line.split(",")[:2] for line in (folder / "0.monitor.csv").read_text().splitlines()[1:]]
-        for folder in (theirs, ours)
+        [line.split(",")[:2] for line in (folder / "0.monitor.csv").read_text().splitlines()[1:]] for folder in (theirs, ours)
     )
     assert their_episodes[0] == ["r", "l"]
     assert len(their_episodes) > 2
@@ -405,9 +404,7 @@ print(time.perf_counter() - start)
 
 
 def test_rl_zoo_works_when_registering_fails(tmp_path):
-    broken = (
-        "import runpy, sys; sys.modules['sb3_klip.zoo'] = None; runpy.run_module('rl_zoo3.train', run_name='__main__')"
-    )
+    broken = "import runpy, sys; sys.modules['sb3_klip.zoo'] = None; runpy.run_module('rl_zoo3.train', run_name='__main__')"
     update = ("-params", *SMALL_UPDATE)
     completed = python("-c", broken, "--algo", "ppo", "--env", "CartPole-v1", *SMALL, *update, cwd=tmp_path)
     assert "RuntimeWarning: sb3-klip could not register with RL Zoo" in completed.stderr

@@ -93,11 +93,16 @@ class Coefficient:
         """
         self.progress = 1.0 - progress_remaining
         self.values = {
-            key: declared.value(self.parameters[key], progress_remaining, self.name) for key, declared in self._declared.items()
+            key: declared.value(self.parameters[key], progress_remaining, self.name)
+            for key, declared in self._declared.items()
         }
 
     def __call__(
-        self, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, **quantities: th.Tensor | float | None
+        self,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        clip_range: float | th.Tensor,
+        **quantities: th.Tensor | float | None,
     ) -> tuple[th.Tensor, th.Tensor | None]:
         """
         Gate and weight of each sample.
@@ -112,7 +117,9 @@ class Coefficient:
         """
         gate, weight = self._evaluate(ratio, advantages, clip_range, quantities)
         if weight is None and self.estimator is not None:
-            raise ValueError(f"coefficient {self.name!r} names the estimator {self.estimator!r}, but returned no weight for it")
+            raise ValueError(
+                f"coefficient {self.name!r} names the estimator {self.estimator!r}, but returned no weight for it"
+            )
         if weight is not None and self.estimator is None:
             raise ValueError(f"coefficient {self.name!r} returned a weight, but names no `estimator` to put it on")
         return gate, weight
@@ -180,7 +187,14 @@ class Coefficient:
         """Call the function once on every kind of sample, so that it does not fail hours later."""
         ratio = th.tensor([1.0, 1.1, 2.0, 0.3, 2.0, 0.3, 1.0, 2.0])
         advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
-        result = self(ratio, advantages, 0.2, kl=th.full_like(ratio, 0.05), position=th.zeros_like(ratio), age=th.zeros_like(ratio))
+        result = self(
+            ratio,
+            advantages,
+            0.2,
+            kl=th.full_like(ratio, 0.05),
+            position=th.zeros_like(ratio),
+            age=th.zeros_like(ratio),
+        )
         for what, tensor in zip(("gate", "weight"), result, strict=True):
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(
@@ -199,7 +213,9 @@ def _read_signature(function: GateFunction, name: str) -> tuple[tuple[str, ...],
     arguments = list(inspect.signature(function).parameters.values())
     leading = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)][:3]
     if len(leading) < 3:
-        raise TypeError(f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {inspect.signature(function)}")
+        raise TypeError(
+            f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {inspect.signature(function)}"
+        )
     requests: list[str] = []
     parameters: dict[str, Parameter] = {}
     for argument in arguments[3:]:
@@ -268,7 +284,8 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
         if name in _ALIASES:
             name, presets = _ALIASES[name]
         function, kind = _REGISTRY[name] if name in _REGISTRY else (_import(name), Coefficient)
-        return kind(function() if inspect.isclass(function) else function, name, {**presets, **parameters})
+        instance: Any = function() if inspect.isclass(function) else function
+        return kind(instance, name, {**presets, **parameters})
     if not callable(name):
         raise TypeError(f"beta must be the name of a coefficient, a Coefficient or a callable, not {name!r}")
     return Coefficient(name, _name_of(name), parameters)

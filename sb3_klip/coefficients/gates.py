@@ -191,9 +191,7 @@ def dual_clip(
 
 
 @register("rollback", "ppo_rb")
-def rollback(
-    ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, slope: NonNegative = 0.3
-) -> th.Tensor:
+def rollback(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, slope: NonNegative = 0.3) -> th.Tensor:
     """
     g = 1 + α on the kill set: the ratio is pushed back to the band.
 
@@ -227,9 +225,7 @@ quadratic.needs_clip_range = True  # type: ignore[attr-defined]
 
 
 @register("smoothing", "pspo")
-def smoothing(
-    ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, alpha: Fraction = 0.1
-) -> th.Tensor:
+def smoothing(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, alpha: Fraction = 0.1) -> th.Tensor:
     """
     g = α everywhere: the ratio replaced by (1 - α) w + α.
 
