@@ -203,7 +203,7 @@ def per_sample_kl(
         ratio = log_ratio.exp()
         gate, weight = coefficient(ratio, advantages, clip_range, kl=kl, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
-        finite = ratio.masked_fill((gate == 1) & ratio.isinf(), 0.0)
+        finite = ratio.masked_fill(((gate == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
         score = (1 - gate) * finite
         constant = finite - finite * log_prob
 
@@ -268,7 +268,7 @@ def per_sample_kl_loss(
     :param quantities: what the coefficient asks for beyond ratio, advantages and clip range, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, the reduction or the coefficient is unknown, or a quantity that it asks for is missing
+    :raises ValueError: if shapes differ, reduction or coefficient are unknown, or a quantity that it asks for is missing
     :raises TypeError: if the log-probabilities are not of a floating dtype
     """
     _check(log_prob, old_log_prob, advantages, mask)

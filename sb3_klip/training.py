@@ -19,6 +19,7 @@ from sb3_klip.diagnostics import Minibatch, UpdateLog
 from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
+from sb3_klip.speed import foreach_steps, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
@@ -71,11 +72,6 @@ class Update(NamedTuple):
     clip_range_vf: float | None
     snapshot: PolicySnapshot | None
     positions: th.Tensor | None
-
-    @property
-    def indexed(self) -> bool:
-        """Whether the place of each sample in the rollout has to be known."""
-        return self.coefficient.needs_kl or self.positions is not None
 
 
 class PerSampleKLTraining(OnPolicyAlgorithm):
@@ -137,9 +133,10 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         for epoch in range(self.n_epochs):
             log.begin_epoch()
             try:
-                finished = self._train_epoch(epoch, update, log)
+                with unchecked_distributions(), foreach_steps(self.policy.optimizer):
+                    finished = self._train_epoch(epoch, update, log)
             except ValueError as error:
-                # torch's distributions refuse the NaN parameters that a bad step leaves behind.
+                # A policy may refuse the NaN parameters that a bad step leaves behind.
                 if (problem := log.first_non_finite()) is not None:
                     self._abandon_update(before, epoch, *problem, cause=error)
                 raise
@@ -172,7 +169,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
         optimizer = self.policy.optimizer
         parameters = list(self.policy.parameters())
-        for rollout_data, indices in self._minibatches(update.indexed):
+        for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask = self._valid_steps(rollout_data)
             advantages = rollout_data.advantages
@@ -208,7 +205,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
             optimizer.zero_grad()
             loss.backward()
-            log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True))
             optimizer.step()
         return True
 
@@ -251,12 +248,6 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         actions = rollout_data.actions
         return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
 
-    def _minibatches(self, indexed: bool) -> Iterator[tuple[Any, Any]]:
-        """The buffer's minibatches, with the indices of their samples if these are asked for."""
-        if indexed:
-            return indexed_minibatches(self.rollout_buffer, self.batch_size)
-        return ((rollout_data, None) for rollout_data in self.rollout_buffer.get(self.batch_size))
-
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
     def _quantities(
@@ -280,7 +271,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """
         self.policy.set_training_mode(False)
         random_state = np.random.get_state()
-        for rollout_data, indices in self._minibatches(indexed=True):
+        for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             with th.no_grad():
                 _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             yield rollout_data, indices, self._valid_steps(rollout_data), log_prob

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import rl_zoo3
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
@@ -57,14 +58,15 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
         if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
-        if hyperparams.get("beta") == SEARCH:
+        # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
+        sampler = HYPERPARAMS_SAMPLER[ALGORITHMS[self.algo][1]]
+        search = hyperparams.get("beta") == SEARCH
+        HYPERPARAMS_SAMPLER[self.algo] = searching(sampler) if search else sampler  # type: ignore[assignment]
+        if search:
             if not self.optimize_hyperparameters:
                 raise ValueError("beta='search' is for --optimize-hyperparameters; to train, name a coefficient")
             if "beta_kwargs" in hyperparams:
                 raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
-            # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
-            base = ALGORITHMS[self.algo][1]
-            HYPERPARAMS_SAMPLER[self.algo] = searching(HYPERPARAMS_SAMPLER[base])  # type: ignore[assignment]
             del hyperparams["beta"]
             return hyperparams, saved_hyperparams
         if isinstance(text := hyperparams.get("beta_kwargs"), str):
@@ -107,7 +109,8 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     hyperparams = yaml.safe_load((_zoo_hyperparams() / f"{base}.yml").read_text())
     ours = yaml.safe_load(importlib.resources.files("sb3_klip.hyperparams").joinpath(f"{name}.yml").read_text()) or {}
     for env_id, entry in ours.items():
-        hyperparams[env_id] = {**hyperparams.get(env_id, hyperparams["default"]), **entry}
+        is_atari = env_id in gym.envs.registry and ExperimentManager.is_atari(env_id)
+        hyperparams[env_id] = {**hyperparams.get(env_id, hyperparams["atari" if is_atari else "default"]), **entry}
     return hyperparams
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from sb3_klip.coefficients import Coefficient, available, make, register
+from sb3_klip.coefficients.parameters import NonNegative
 from sb3_klip.divergence import bernoulli_kl, categorical_kl, gaussian_kl
 from sb3_klip.surrogate import clip_loss, per_sample_beta, per_sample_kl_loss
 
@@ -481,6 +482,21 @@ def test_own_function_with_parameters_and_requests():
     with pytest.raises(ValueError, match="'fading' needs 'age'"):
         coefficient(ones, ones, 0.2)
     assert make(fading).name == "fading"
+
+
+def test_annotations_may_be_text():
+    """As in every module that has `from __future__ import annotations`."""
+
+    def narrow(ratio, advantages, clip_range, *, width: "NonNegative" = 0.5):
+        return th.zeros_like(ratio)
+
+    with pytest.raises(ValueError, match="width=-1 .* is out of range: 0 <= value"):
+        make(narrow, width=-1)
+
+    def untyped(ratio: "Unknown", advantages, clip_range, *, width: "Unknown" = 0.5):  # noqa: F821
+        return th.zeros_like(ratio)
+
+    assert make(untyped, width="lin_1.0").values == {"width": 1.0}
 
 
 def test_own_object_with_state():

@@ -210,7 +210,11 @@ def _read_signature(function: GateFunction, name: str) -> tuple[tuple[str, ...],
     """Split a function's arguments after the first three into what it asks for and its parameters."""
     if not callable(function):
         raise TypeError(f"a coefficient must be a name or a callable, not {function!r}")
-    arguments = list(inspect.signature(function).parameters.values())
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # annotations that only a type checker can resolve
+        signature = inspect.signature(function)
+    arguments = list(signature.parameters.values())
     leading = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)][:3]
     if len(leading) < 3:
         raise TypeError(
