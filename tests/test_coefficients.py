@@ -490,7 +490,7 @@ def test_annotations_may_be_text():
     def narrow(ratio, advantages, clip_range, *, width: "NonNegative" = 0.5):
         return th.zeros_like(ratio)
 
-    with pytest.raises(ValueError, match="width=-1 .* is out of range: 0 <= value"):
+    with pytest.raises(ValueError, match=r"width=-1 .* is out of range: 0 <= value"):
         make(narrow, width=-1)
 
     def untyped(ratio: "Unknown", advantages, clip_range, *, width: "Unknown" = 0.5):  # noqa: F821
