@@ -172,8 +172,7 @@ def test_optimize_hyperparameters(tmp_path):
 
 @pytest.mark.parametrize("env_id", ["CartPoleNoVel-v1", pytest.param("PendulumNoVel-v1", marks=pytest.mark.slow)])
 def test_recurrent_training_and_playing(tmp_path, env_id):
-    output = train("--env", env_id, *SMALL, "-params", "n_steps:64", "n_epochs:1", cwd=tmp_path, algo="klip_ppo_lstm").stdout
-    assert "klip_loss" in output
+    train("--env", env_id, *SMALL, "-params", "n_steps:64", "n_epochs:1", cwd=tmp_path, algo="klip_ppo_lstm")
     play = ("--algo", "klip_ppo_lstm", "--env", env_id, "-f", "logs", "--no-render", "-n", 250)
     assert "Mean reward" in python("-m", "rl_zoo3.enjoy", *play, cwd=tmp_path).stdout
     written = config(tmp_path / "logs" / "klip_ppo_lstm" / f"{env_id}_1")
