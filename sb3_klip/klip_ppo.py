@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_klip.coefficients import CoefficientLike
@@ -95,7 +95,7 @@ class KLipPPO(PerSampleKLTraining, PPO):
         self.beta = make_beta(beta, beta_kwargs)
         self.beta_kwargs = beta_kwargs
         self.log_kl = log_kl
-        check_policy(policy, self.policy_aliases, ActorCriticPolicy)
+        check_policy(policy, self.policy_aliases, BasePolicy)
         super().__init__(
             policy,
             env,

@@ -1,28 +1,30 @@
 """What a coefficient may ask to know of each sample beyond what SB3's rollout buffers hand out."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import BaseBuffer, DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 
 
-def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, np.ndarray]]:
+def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, np.ndarray | None]]:
     """
     The buffer's own minibatches, from its own random numbers, each with the places of its samples in the flattened rollout.
 
     SB3's buffers index and convert each of their arrays for each minibatch. Here they are converted once, which gives the
     same tensors in less time; a buffer with a ``_get_samples`` of its own is asked as it wants to be.
 
-    :param buffer: any rollout buffer that hands out its samples through ``_get_samples``, as SB3's do
+    :param buffer: any rollout buffer
     :param batch_size: minibatch size; None for all samples at once
-    :return: pairs of samples and indices
+    :return: pairs of samples and indices; None for indices if the buffer does not hand out its samples through
+        ``_get_samples``, as SB3's do
     """
-    taken: list[np.ndarray] = []
+    taken: deque[np.ndarray] = deque()
     get_samples = _converted_once(buffer) if _is_plain(buffer) else buffer._get_samples
 
     def recording(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
@@ -32,16 +34,16 @@ def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterat
     buffer._get_samples = recording  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            yield samples, taken.pop()
+            yield samples, taken.popleft() if taken else None
     finally:
         del buffer._get_samples
 
 
 def _is_plain(buffer: RolloutBuffer) -> bool:
     """Whether the samples are what SB3 makes of its arrays, in the memory where they are."""
-    original = (RolloutBuffer._get_samples, DictRolloutBuffer._get_samples, BaseBuffer.to_torch)
-    methods = type(buffer)._get_samples, type(buffer).to_torch
-    return buffer.device.type == "cpu" and all(method in original for method in methods)
+    names = ("get", "_get_samples", "to_torch")
+    base = DictRolloutBuffer if isinstance(buffer, DictRolloutBuffer) else RolloutBuffer
+    return buffer.device.type == "cpu" and all(getattr(type(buffer), name) is getattr(base, name) for name in names)
 
 
 def _converted_once(buffer: RolloutBuffer) -> Callable[..., Any]:

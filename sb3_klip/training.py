@@ -3,7 +3,7 @@
 import io
 import pathlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -87,7 +87,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     beta_kwargs: dict[str, Any] | None
     log_kl: bool
     # Steps that the environments' running episodes already had when the last rollout ended.
-    _episode_steps: list[int] | None = None
+    _episode_steps: Sequence[int] = ()
     # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
     batch_size: Any
@@ -251,17 +251,26 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
     def _quantities(
-        self, update: Update, indices: np.ndarray, mask: th.Tensor | None, like: th.Tensor
+        self, update: Update, indices: np.ndarray | None, mask: th.Tensor | None, like: th.Tensor
     ) -> dict[str, th.Tensor]:
         """What the coefficient asks to know of the samples that the policy has just evaluated."""
         quantities = {}
         if update.coefficient.needs_kl and update.snapshot is not None:
-            quantities["kl"] = update.snapshot.kl(indices, mask, self.policy)
+            quantities["kl"] = update.snapshot.kl(self._known(indices), mask, self.policy)
         if update.positions is not None:
-            quantities["position"] = padded(update.positions[indices], mask)
+            quantities["position"] = padded(update.positions[self._known(indices)], mask)
         if "age" in update.coefficient.requests:
             quantities["age"] = th.zeros_like(like)
         return quantities
+
+    def _known(self, indices: np.ndarray | None) -> np.ndarray:
+        """Indices of a minibatch, which a user's rollout buffer may keep to itself."""
+        if indices is None:
+            raise ValueError(
+                f"{type(self.rollout_buffer).__name__}.get does not take its samples from _get_samples, so what "
+                f"beta={self.beta!r} asks to know of each sample cannot be told"
+            )
+        return indices
 
     def _evaluated_rollout(self) -> Iterator[tuple[Any, np.ndarray, th.Tensor | None, th.Tensor]]:
         """
@@ -274,7 +283,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             with th.no_grad():
                 _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
-            yield rollout_data, indices, self._valid_steps(rollout_data), log_prob
+            yield rollout_data, self._known(indices), self._valid_steps(rollout_data), log_prob
         np.random.set_state(random_state)
         self.policy.set_training_mode(True)
 
@@ -301,8 +310,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """Position of each sample in its episode, in the order of the flattened buffer."""
         buffer = self.rollout_buffer
         starts = buffer.episode_starts.reshape(buffer.buffer_size, buffer.n_envs)
-        carried = np.zeros(buffer.n_envs, dtype=int) if self._episode_steps is None else np.array(self._episode_steps)
-        positions, carried = episode_positions(starts, carried)
+        # A model that was loaded with another number of environments starts with new episodes.
+        known = self._episode_steps if len(self._episode_steps) == buffer.n_envs else [0] * buffer.n_envs
+        positions, carried = episode_positions(starts, np.array(known))
         self._episode_steps = carried.tolist()
         return th.as_tensor(positions.T.flatten(), dtype=th.float32, device=self.device)
 

@@ -5,6 +5,7 @@ Holds for one machine, one thread count and deterministic kernels, which is what
 """
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from identity import assert_identical, state_tensors, train
@@ -75,6 +76,18 @@ class ShiftedBuffer(RolloutBuffer):
         return samples._replace(advantages=samples.advantages + 0.5)
 
 
+class OwnGetBuffer(RolloutBuffer):
+    """A user's buffer that makes its minibatches itself."""
+
+    def get(self, batch_size=None):
+        if not self.generator_ready:
+            for name in ("observations", "actions", "values", "log_probs", "advantages", "returns"):
+                setattr(self, name, self.swap_and_flatten(getattr(self, name)))
+            self.generator_ready = True
+        for start in range(0, self.buffer_size, batch_size):
+            yield super()._get_samples(np.arange(start, min(start + batch_size, self.buffer_size)))
+
+
 def overshooting(progress_remaining):
     """A linear schedule over fewer steps than are taken: the clip range ends below zero."""
     return 0.2 * (2 * progress_remaining - 1)
@@ -138,6 +151,7 @@ CASES = {
         {"policy_kwargs": {"net_arch": {"pi": [8], "vf": [16, 16]}, "share_features_extractor": False}},
     ),
     "dropout": (pendulum, {"policy": DropoutPolicy, "batch_size": 60}),
+    "own_get": (pendulum, {"rollout_buffer_class": OwnGetBuffer, "batch_size": 60}),
     "own_buffer": (pendulum, {"rollout_buffer_class": ShiftedBuffer, "batch_size": 60, "normalize_advantage": False}),
 }
 

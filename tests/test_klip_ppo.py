@@ -14,6 +14,7 @@ import torch as th
 from gymnasium import spaces
 from identity import state_tensors, train
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -75,6 +76,7 @@ def test_logger_keys_of_ppo_keep_their_meaning():
     assert row["train/beta_abs_max"] > abs(row["train/beta_mean"])
 
 
+@pytest.mark.slow
 def test_learning():
     """CartPole, solved by the zoo's standard: the mean return of the last 100 episodes."""
     model = KLipPPO("MlpPolicy", make_vec_env("CartPole-v1", 8, seed=0), n_steps=32, batch_size=256, n_epochs=20,
@@ -447,6 +449,32 @@ def test_a_policy_that_does_not_refresh_its_distribution_is_refused():
     model = KLipPPO(SecretivePolicy, pendulum(), **FAST, beta="fixed")
     with pytest.raises(ValueError, match="evaluate_actions"):
         model.learn(64)
+
+
+def test_a_buffer_that_keeps_its_indices_to_itself():
+    class OwnSamples(RolloutBuffer):
+        def get(self, batch_size=None):
+            for samples in list(super().get(batch_size)):
+                yield samples._replace()
+
+    class OwnGet(RolloutBuffer):
+        def get(self, batch_size=None):
+            other = RolloutBuffer(self.buffer_size, self.observation_space, self.action_space, self.device)
+            vars(other).update({key: value for key, value in vars(self).items() if key != "_get_samples"})
+            yield from other.get(batch_size)
+
+    for beta in ("step", "position", "trust_region"):
+        KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnSamples, beta=beta).learn(64)
+    KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnGet).learn(64)
+    for beta in ("position", "trust_region"):
+        with pytest.raises(ValueError, match=r"OwnGet\.get does not take its samples from _get_samples"):
+            KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnGet, beta=beta).learn(64)
+
+
+def test_positions_after_loading_with_other_environments(tmp_path):
+    model = KLipPPO("MlpPolicy", make_vec_env("CartPole-v1", 3), **FAST, beta="position").learn(192)
+    model.save(tmp_path / "model")
+    KLipPPO.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2)).learn(128)
 
 
 def test_registered_coefficient_of_a_users_own():

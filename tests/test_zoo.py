@@ -182,6 +182,20 @@ def test_recurrent_training_and_playing(tmp_path, env_id):
 
 
 @pytest.mark.slow
+def test_atari(tmp_path):
+    """The zoo's Atari hyperparameters and preprocessing, with fewer environments."""
+    arguments = ("--env", "BreakoutNoFrameskip-v4", "--eval-freq", -1, "-n", 300, "-params", "n_envs:2")
+    for algo in ("ppo", "klip_ppo"):
+        train(*arguments, "--seed", 0, "--num-threads", 1, cwd=tmp_path, algo=algo)
+    ours, theirs = (
+        load_from_zip_file(tmp_path / "logs" / algo / "BreakoutNoFrameskip-v4_1" / "BreakoutNoFrameskip-v4.zip")[1]["policy"]
+        for algo in ("klip_ppo", "ppo")
+    )
+    assert all(th.equal(ours[name], theirs[name]) for name in theirs)
+    assert "features_extractor.cnn.0.weight" in theirs
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["CartPoleNoVel-v1", "PendulumNoVel-v1"])
 def test_recurrent_tuning(tmp_path, env_id):
     tuning = (
