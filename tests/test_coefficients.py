@@ -319,12 +319,14 @@ HOSTILE = th.tensor([0.0, 1e-30, 0.8, 1.0, 1.2, 1e30, math.inf])
 
 @pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
-def test_gates_of_hostile_ratios(name, advantage):
+@pytest.mark.parametrize("clip_range", [0.2, 1e-8, 0.0, -0.1])
+def test_gates_of_hostile_ratios(name, advantage, clip_range):
     """Finite ratios give finite gates, of which only those of `quadratic` and `rollback` exceed 1."""
     ratio = HOSTILE[:-1]
-    gate, weight = make(name)(
-        ratio, th.full_like(ratio, advantage), 0.2, kl=th.zeros_like(ratio), position=th.zeros_like(ratio)
-    )
+    coefficient, zeros = make(name), th.zeros_like(ratio)
+    if coefficient.needs_clip_range and clip_range <= 0:
+        return  # refused, or held above 0, where the schedule is known
+    gate, weight = coefficient(ratio, th.full_like(ratio, advantage), clip_range, kl=zeros, position=zeros)
     assert gate.isfinite().all()
     assert (weight is None) or weight.isfinite().all()
     if name not in ("quadratic", "rollback"):
