@@ -260,6 +260,22 @@ def test_divergence_is_over_allowed_actions():
     assert logs.column("train/kl")[-1] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_divergence_is_zero_before_the_first_step(variant):
+    """The snapshot and the minibatches see the same distributions, whatever the shuffling, padding and hidden states."""
+    ours, _, _, defaults = VARIANTS[variant]
+    make_env = discrete if variant == "maskable" else lambda: make_vec_env("CartPoleNoVel-v1", n_envs=3, seed=0)
+    kwargs = {**FAST, "batch_size": 50, "seed": 0, **defaults}
+    model = ours(kwargs.pop("policy"), make_env(), **kwargs, log_kl=True)
+    _, callback = model._setup_learn(1)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    update = model._begin_update()
+    assert model._rollout_kl(update.snapshot) == pytest.approx(0, abs=1e-6)
+    with th.no_grad():
+        model.policy.action_net.weight += 0.3 * th.randn_like(model.policy.action_net.weight)
+    assert model._rollout_kl(update.snapshot) > 1e-3
+
+
 # -- sb3-contrib's helpers and environments --------------------------------------------------------------------------------
 
 
