@@ -2,12 +2,14 @@
 
 import torch as th
 
+from sb3_klip.coefficients import make
 from sb3_klip.surrogate import per_sample_kl_loss
 
 th.manual_seed(0)
 vocabulary, length, group = 16, 12, 32
 policy = th.nn.Sequential(th.nn.Embedding(vocabulary, 64), th.nn.Tanh(), th.nn.Linear(64, vocabulary))
 optimizer = th.optim.Adam(policy.parameters(), lr=3e-3)
+coefficient = make("step")
 
 
 def log_probs(tokens):
@@ -26,7 +28,7 @@ for step in range(60):
     rewards = ((tokens[:, 1:] > tokens[:, :-1]) & mask).sum(1).float()  # ascending tokens are good
     advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6))[:, None].expand_as(old)  # GRPO's group baseline
     for _ in range(4):
-        loss = per_sample_kl_loss(log_probs(tokens), old, advantages, "step", mask=mask, reduction="sequence_mean")
+        loss = per_sample_kl_loss(log_probs(tokens), old, advantages, coefficient, mask=mask, reduction="sequence_mean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

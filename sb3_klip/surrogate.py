@@ -260,7 +260,8 @@ def per_sample_kl_loss(
     :param log_prob: log π_new(a|s), differentiable
     :param old_log_prob: log π_old(a|s)
     :param advantages: advantage Â
-    :param coefficient: name of a coefficient, a :class:`~sb3_klip.coefficients.Coefficient`, or your own function
+    :param coefficient: name of a coefficient, a :class:`~sb3_klip.coefficients.Coefficient`, or your own function; in a
+        training loop, make it once with :func:`~sb3_klip.coefficients.make`, as a name is looked up and checked each time
     :param clip_range: half-width ε, a number or a tensor
     :param mask: True where a sample counts; ``None`` counts all
     :param reduction: ``"mean"`` over all samples that count (PPO); ``"sequence_mean"`` over those of each row of ``(B, T)``

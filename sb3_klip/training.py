@@ -236,8 +236,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 if self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 return True
-        ratio, mask = minibatch.terms.ratio, minibatch.mask
-        if coefficient.stop(ratio if mask is None else ratio[mask]):
+        if coefficient.stop(minibatch.terms.ratio, minibatch.mask):
             if self.verbose >= 1:
                 print(f"Early stopping at step {epoch} due to the coefficient {coefficient!r}")
             return True

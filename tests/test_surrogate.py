@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from sb3_klip.coefficients import available, make
+from sb3_klip.coefficients import make
 from sb3_klip.partition import bounds, harmful_distance
 from sb3_klip.surrogate import (
     clip_loss,
@@ -256,7 +256,3 @@ def test_bad_input_names_the_argument():
         kl_estimate("k2", ones, ones)
     with pytest.raises(ValueError, match="kl"):
         kl_estimate("analytic", ones, ones)
-
-
-def test_registry_has_the_foundation():
-    assert {"step", "none"} <= set(available())

@@ -141,14 +141,15 @@ class Coefficient:
             self._check("weight", weight, ratio)
         return gate, weight
 
-    def stop(self, ratio: th.Tensor) -> bool:
+    def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
         """
         Whether to end the inner loop before the next step.
 
-        :param ratio: importance ratio w of the samples that count
+        :param ratio: importance ratio w
+        :param mask: samples that count; None if all do
         """
         hook = getattr(self.function, "stop", None)
-        return hook is not None and bool(hook(ratio, **self.values))
+        return hook is not None and bool(hook(ratio if mask is None else ratio[mask], **self.values))
 
     def end_update(self, kl: float) -> None:
         """
@@ -173,15 +174,18 @@ class Coefficient:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
 
     def _check(self, what: str, tensor: object, ratio: th.Tensor) -> None:
-        """Only what costs no synchronisation with the device; NaN is looked for when an update ends."""
+        """Only what costs no synchronisation with the device; NaN is looked for when an epoch ends."""
+        if isinstance(tensor, th.Tensor):
+            like = tensor.shape == ratio.shape and tensor.dtype == ratio.dtype and tensor.device == ratio.device
+            if like and not tensor.requires_grad:
+                return
         expected = f"a tensor of shape {tuple(ratio.shape)}, dtype {ratio.dtype} and device {ratio.device}, without gradient"
         if not isinstance(tensor, th.Tensor):
             raise TypeError(f"the {what} of coefficient {self.name!r} is {type(tensor).__name__}, expected {expected}")
-        if tensor.shape != ratio.shape or tensor.dtype != ratio.dtype or tensor.device != ratio.device or tensor.requires_grad:
-            raise ValueError(
-                f"the {what} of coefficient {self.name!r} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, "
-                f"device {tensor.device}, requires_grad={tensor.requires_grad}, expected {expected}"
-            )
+        raise ValueError(
+            f"the {what} of coefficient {self.name!r} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, "
+            f"device {tensor.device}, requires_grad={tensor.requires_grad}, expected {expected}"
+        )
 
     def _try_out(self) -> None:
         """Call the function once on every kind of sample, so that it does not fail hours later."""
@@ -217,9 +221,7 @@ def _read_signature(function: GateFunction, name: str) -> tuple[tuple[str, ...],
     arguments = list(signature.parameters.values())
     leading = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)][:3]
     if len(leading) < 3:
-        raise TypeError(
-            f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {inspect.signature(function)}"
-        )
+        raise TypeError(f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {signature}")
     requests: list[str] = []
     parameters: dict[str, Parameter] = {}
     for argument in arguments[3:]:
@@ -301,7 +303,7 @@ def _import(name: str) -> Callable[..., Any]:
     if separator and attribute.isidentifier():
         try:
             found = getattr(importlib.import_module(module), attribute, None)
-        except ImportError:
+        except (ImportError, ValueError):  # ValueError: no module before the colon
             found = None
         if callable(found):
             return found

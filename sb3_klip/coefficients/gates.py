@@ -47,10 +47,10 @@ class Unclipped:
     """
     g = 0: the importance-weighted surrogate with no trust region.
 
-    With ``ratio_deviation`` it is ESPO, which ends the inner loop once the mean of \\|w - 1\\| over a minibatch passes that
+    With ``ratio_deviation`` it is ESPO, which ends the inner loop once the mean of ``|w - 1|`` over a minibatch passes that
     bound. Source: arXiv 2202.00079 (bound 0.25).
 
-    :param ratio_deviation: bound on the mean of \\|w - 1\\|; None for no early stopping
+    :param ratio_deviation: bound on the mean of ``|w - 1|``; None for no early stopping
     """
 
     def __call__(
@@ -224,7 +224,7 @@ def rollback(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Ten
 @register("quadratic", "spo")
 def quadratic(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
-    g = sign(Â)(w - 1)/ε: the gradient of w Â - \\|Â\\|(w - 1)²/(2ε), zero at the band's edge, pushing back beyond.
+    g = sign(Â)(w - 1)/ε: the gradient of ``w Â - |Â|(w - 1)²/(2ε)``, zero at the band's edge, pushing back beyond.
 
     Needs ε > 0. Source: SPO, arXiv 2401.16025 (ICML 2025).
 

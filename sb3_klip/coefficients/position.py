@@ -50,8 +50,8 @@ class Scaled(Coefficient):
         gate, weight = self.base(ratio, advantages, clip_range, **quantities)
         return strength * gate, None if weight is None else strength * weight
 
-    def stop(self, ratio: th.Tensor) -> bool:
-        return self.base.stop(ratio)
+    def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
+        return self.base.stop(ratio, mask)
 
     def end_update(self, kl: float) -> None:
         self.base.end_update(kl)
