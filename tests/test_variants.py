@@ -198,6 +198,16 @@ def test_files_pass_to_the_base_class_and_back(variant, tmp_path):
         assert all(th.equal(tensor, expected[key]) for key, tensor in state_tensors(fresh).items())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ratio_deviation_ends_the_inner_loop(variant):
+    """ESPO's bound is on the samples that count; with padding, the others have a ratio of their own."""
+    ours, _, _, defaults = VARIANTS[variant]
+    make_env = discrete if variant == "maskable" else lambda: gym.make("CartPoleNoVel-v1")
+    kwargs = {**FAST, "learning_rate": 0.1, "n_epochs": 10, **defaults}
+    model, _ = train(ours, kwargs.pop("policy"), make_env, 128, **kwargs, beta="espo")
+    assert model._n_updates < 10
+
+
 class Stepping(gym.Env):
     """Observes the step of its episode; episodes last 5, 7, 9, … steps."""
 
