@@ -10,24 +10,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_klip import coefficients, surrogate, zoo
+    from sb3_klip.checkpoint import load_vecnormalize
     from sb3_klip.klip_maskable_ppo import KLipMaskablePPO
     from sb3_klip.klip_ppo import KLipPPO
     from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
+    from sb3_klip.resume import ResumableCheckpointCallback
 
 __version__ = "0.1.0"
 
-_ALGORITHMS = {
+# Name and module of each class and function.
+_NAMES = {
     "KLipMaskablePPO": "klip_maskable_ppo",
     "KLipPPO": "klip_ppo",
     "KLipRecurrentPPO": "klip_recurrent_ppo",
+    "ResumableCheckpointCallback": "resume",
+    "load_vecnormalize": "checkpoint",
 }
 
-__all__ = ["KLipMaskablePPO", "KLipPPO", "KLipRecurrentPPO", "__version__", "coefficients", "surrogate", "zoo"]
+__all__ = [
+    "KLipMaskablePPO",
+    "KLipPPO",
+    "KLipRecurrentPPO",
+    "ResumableCheckpointCallback",
+    "__version__",
+    "coefficients",
+    "load_vecnormalize",
+    "surrogate",
+    "zoo",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ALGORITHMS:
-        return getattr(importlib.import_module(f"sb3_klip.{_ALGORITHMS[name]}"), name)
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"sb3_klip.{_NAMES[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"sb3_klip.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

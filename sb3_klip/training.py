@@ -1,8 +1,10 @@
 """The update that all variants share: PPO's inner loop, with the per-sample KL surrogate in place of the clipped objective."""
 
+import inspect
 import io
 import pathlib
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -10,14 +12,24 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.type_aliases import RolloutBufferSamples
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, TensorDict
 from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
 
+from sb3_klip.checkpoint import (
+    FORMAT,
+    RESUME,
+    Checkpoint,
+    check_parameters,
+    restore_schedules,
+    write_atomically,
+)
 from sb3_klip.coefficients import Coefficient, CoefficientLike, make
 from sb3_klip.diagnostics import Minibatch, UpdateLog
 from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
+from sb3_klip.resume import Boundary, continue_counting, read_generators, read_state, restore_state, set_generators
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
 from sb3_klip.speed import foreach_steps, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
@@ -88,6 +100,10 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     log_kl: bool
     # Steps that the environments' running episodes already had when the last rollout ended.
     _episode_steps: Sequence[int] = ()
+    # The last moment between two rollouts, if that is now; see sb3_klip.resume.
+    _boundary: Boundary | None = None
+    # Random generators to put back when learning goes on, in a model that was loaded with resume=True.
+    _resuming: dict[str, Any] | None = None
     # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
     batch_size: Any
@@ -147,6 +163,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             if not finished:
                 break
         self._end_update(update, log)
+        self._boundary = Boundary(self.num_timesteps)
 
     def _begin_update(self) -> Update:
         """Bring schedules up to date, and see to what the coefficient asks for before the first step changes the policy."""
@@ -344,9 +361,40 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             )
         return self.beta
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> Any:
         self._coefficient()
-        return super()._setup_learn(*args, **kwargs)
+        resuming = self._resuming is not None
+        if resuming:
+            if total_timesteps != self._total_timesteps:
+                warnings.warn(
+                    f"total_timesteps={total_timesteps} instead of {self._total_timesteps}, as in the run that is resumed: "
+                    "what follows the progress of training, such as a schedule, is not what it would have been.",
+                    stacklevel=4,
+                )
+            # SB3 adds those that were taken.
+            total_timesteps, reset_num_timesteps = total_timesteps - self.num_timesteps, False
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if resuming:
+            continue_counting(callback, self.num_timesteps // self.n_envs)
+        return total_timesteps, callback
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """Collect a rollout, as the base class does; a run that is resumed goes on with its random generators here."""
+        if self._resuming is not None:
+            set_generators(self._resuming)
+            self._resuming = None
+        # Before gSDE draws its noise, so that a checkpoint from on_rollout_start draws the same again.
+        self._boundary = Boundary(self.num_timesteps, read_generators())
+        return super().collect_rollouts(*args, **kwargs)
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -374,42 +422,140 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
             )
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_boundary", "_resuming"]
+
     def save(
         self,
         path: str | pathlib.Path | io.BufferedIOBase,
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
+        resumable: bool = False,
     ) -> None:
         """
         Save the model to a zip file that ``PPO.load`` opens as well; the coefficient stands there as plain JSON.
 
-        :param path: file to write
+        A file with the same name is replaced in one step, so that a kill at any moment leaves one of the two whole.
+
+        :param path: file to write; ".zip" is added to a name without a suffix
         :param exclude: attributes to leave out in addition to the default ones
         :param include: attributes to keep although they are left out by default
+        :param resumable: whether to save as well what a run needs to go on exactly where it was: random generators, the
+            environments in the middle of their episodes and their wrappers, the last observations. Between two rollouts only:
+            see :class:`~sb3_klip.ResumableCheckpointCallback`.
+        :raises ValueError: if ``resumable`` in the middle of a rollout or an update
         """
+        state = read_state(self) if resumable else None
         beta, beta_kwargs = self.beta, self.beta_kwargs
         if isinstance(beta, Coefficient):
             self.beta, self.beta_kwargs = beta.name, beta.parameters
             self.beta_state = {beta.name: beta.state_dict()}
+        self.klip_format = FORMAT
+        buffer = io.BytesIO()
         try:
-            super().save(path, exclude, include)
+            super().save(buffer, exclude, include)
         finally:
             self.beta, self.beta_kwargs = beta, beta_kwargs
             if isinstance(beta, Coefficient):
                 del self.beta_state
+            del self.klip_format
+        if state is not None:
+            with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(RESUME, state)
+        if not isinstance(path, (str, pathlib.Path)):
+            open_path(path, "w").write(buffer.getvalue())
+            return
+        path = pathlib.Path(path)
+        if path.suffix == "":
+            path = path.with_name(f"{path.name}.zip")
+        if path.is_dir():
+            path = path.with_name(f"{path.name}_2")
+            warnings.warn(f"A folder has the name of the file to save, so it is saved to {path}", stacklevel=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
 
     @classmethod
-    def load(cls: type[SelfPerSampleKL], *args: Any, **kwargs: Any) -> SelfPerSampleKL:
+    def load(
+        cls: type[SelfPerSampleKL],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trusted: bool = True,
+        resume: bool = False,
+        **kwargs: Any,
+    ) -> SelfPerSampleKL:
         """
-        Load a model, as SB3 does; also one that ``PPO`` saved.
+        Load a model from a zip file, as SB3 does; also one that the base class saved, or RL Zoo in the days of ``gym``.
 
-        :param args: see ``PPO.load``
-        :param kwargs: see ``PPO.load``; a new ``beta`` comes with its own ``beta_kwargs``, and not with those of the file
+        A checkpoint holds pickles, which run code when they are loaded. Of a file that you have no reason to trust, load
+        plain data only, with ``trusted=False``.
+
+        :param path: the file, with or without ".zip", or an open one
+        :param env: the environment to train on; its observation space may differ from the file's in dtype and bounds
+        :param device: Device (cpu, cuda, ...) on which to run
+        :param custom_objects: attributes to take instead of those in the file
+        :param print_system_info: Whether to print the system that saved the file, and this one
+        :param force_reset: Whether to reset ``env`` before training
+        :param trusted: Whether the file may run code. With False, weights, spaces and plain hyperparameters are restored,
+            functions are replaced as if they could not be restored, and a file with anything else is refused.
+        :param resume: Whether to restore all that ``save(..., resumable=True)`` has saved, so that ``learn``, called as in the
+            interrupted run, takes the steps that remain and ends as that run would have ended
+        :param kwargs: arguments of the constructor to take instead of those in the file; a new ``beta`` comes with its own
+            ``beta_kwargs``, and not with those of the file
         :return: the model
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is not a whole checkpoint of the right algorithm, does not fit ``env``, is not trusted
+            and holds more than plain data, or has nothing to resume from
         """
         if "beta" in kwargs:
             kwargs["beta"] = make_beta(kwargs["beta"], kwargs.setdefault("beta_kwargs", None))
-        model = super().load(*args, **kwargs)
+        checkpoint = Checkpoint.read(path)
+        checkpoint.check_algorithm(cls)
+        state = checkpoint.resume_state(trusted) if resume else None
+        if resume and env is None:
+            raise ValueError("resume=True needs env, made as that of the interrupted run")
+
+        # Those of policy_kwargs are compared with the file's.
+        replaced = {*(custom_objects or {}), *kwargs} - {"policy_kwargs"}
+        objects, lost = checkpoint.restore(replaced, trusted)
+        schedules, source = restore_schedules(checkpoint, lost)
+        defaults = inspect.signature(cls).parameters
+        for name in lost:
+            objects[name] = schedules.get(name, defaults[name].default if name in defaults else None)
+        objects.update(custom_objects or {})
+        if env is not None:
+            env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
+            objects.update(checkpoint.fit_spaces(objects, env.observation_space, env.action_space))
+
+        model = super().load(checkpoint.path or path, env, device, objects, print_system_info, force_reset, **kwargs)
         if "beta_kwargs" in kwargs and isinstance(model.beta, str):
             make_beta(model.beta, model.beta_kwargs)  # raises: these parameters are not the file's
+        if lost:
+            checkpoint.warn_of_lost(lost, schedules, source, model)
+        if state is not None:
+            model._resuming = restore_state(model, state)
         return model
+
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        """
+        Load parameters from a file or a dictionary, as SB3 does.
+
+        :param load_path_or_dict: a checkpoint, or what ``get_parameters`` returns
+        :param exact_match: Whether all parameters must be there, and no others
+        :param device: Device on which to load them
+        :raises ValueError: if they are of another architecture, or the file is not a checkpoint of the right algorithm; the
+            model is then as it was
+        """
+        name = "load_path_or_dict"
+        if not isinstance(load_path_or_dict, dict):
+            checkpoint = Checkpoint.read(load_path_or_dict)
+            checkpoint.check_algorithm(type(self))
+            name = checkpoint.name
+            _, load_path_or_dict, _ = load_from_zip_file(checkpoint.path or load_path_or_dict, load_data=False, device=device)
+        check_parameters(load_path_or_dict, self.policy, name, exact_match)
+        super().set_parameters(load_path_or_dict, exact_match, device)
