@@ -375,6 +375,11 @@ def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = Tr
         raise ValueError(f"{str(path)!r} is not a pickle, or was cut off: {error}") from error
     if not isinstance(statistics, VecNormalize):
         raise ValueError(f"{str(path)!r} holds a {type(statistics).__name__}, and not VecNormalize")
+    if not fit_space(statistics.observation_space, venv.observation_space):
+        raise ValueError(
+            f"{str(path)!r} does not fit the environments: its observation_space is {statistics.observation_space}, "
+            f"and theirs is {venv.observation_space}"
+        )
     statistics.set_venv(venv)
     return statistics
 

@@ -8,10 +8,8 @@ is switched off, call it before RL Zoo builds its argument parser, or use
 
 import functools
 import importlib.resources
-import json
 import runpy
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,13 @@ from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_klip._autoload import SCRIPTS
+from sb3_klip.checkpoint import Checkpoint
 from sb3_klip.errors import did_you_mean
 from sb3_klip.klip_ppo import KLipPPO
 from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
 from sb3_klip.search import SEARCH, converting, searching
 from sb3_klip.training import make_beta
+from sb3_klip.zoo_agents import patch, read_resumed
 
 #: Our algorithms in RL Zoo, each with the zoo's algorithm whose hyperparameters and sampler it takes.
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str]] = {
@@ -45,6 +45,7 @@ def register() -> None:
         HYPERPARAMS_CONVERTER[name] = converting(HYPERPARAMS_CONVERTER[base])  # type: ignore[assignment]
     if not hasattr(ExperimentManager.read_hyperparameters, "__wrapped__"):
         ExperimentManager.read_hyperparameters = _reading_beta(ExperimentManager.read_hyperparameters)  # type: ignore[method-assign]
+    patch({name: base for name, (_, base) in ALGORITHMS.items()})
 
 
 def _reading_beta(read_hyperparameters: Any) -> Any:
@@ -58,6 +59,11 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
         if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
+        if self.continue_training:
+            checkpoint = Checkpoint.read(self.trained_agent)
+            checkpoint.check_algorithm(ALGORITHMS[self.algo][0])
+        if (resumed := read_resumed(self, hyperparams)) is not None:
+            return dict(resumed), resumed
         # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
         sampler = HYPERPARAMS_SAMPLER[ALGORITHMS[self.algo][1]]
         search = hyperparams.get("beta") == SEARCH
@@ -77,7 +83,7 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
                 raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
         # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
         if not self.continue_training or "beta" in hyperparams or "beta_kwargs" in hyperparams:
-            default = _beta_of(self.trained_agent) if self.continue_training else "step"
+            default = checkpoint.data.get("beta", "step") if self.continue_training else "step"
             coefficient = make_beta(hyperparams.get("beta", default), hyperparams.get("beta_kwargs"))
             saved_hyperparams["beta"], saved_hyperparams["beta_kwargs"] = coefficient.name, dict(coefficient.parameters)
         return hyperparams, saved_hyperparams
@@ -90,12 +96,6 @@ def _zoo_hyperparams() -> Path:
     package = Path(rl_zoo3.__file__).parent
     inside = package / "hyperparams"
     return inside if inside.is_dir() else package.parent / "hyperparams"
-
-
-def _beta_of(checkpoint: str) -> str:
-    """Name of the coefficient that a model was saved with; ``PPO``'s clip if it names none."""
-    with zipfile.ZipFile(checkpoint) as file:
-        return json.loads(file.read("data")).get("beta", "step")
 
 
 def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
