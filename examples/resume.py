@@ -1,0 +1,29 @@
+"""
+Training that survives being killed: start this again, and it goes on where it was.
+
+It ends with the policy that it would have had if nobody had interrupted it, bit for bit. Checkpoints go to the folder that is
+the first argument.
+"""
+
+import sys
+from pathlib import Path
+
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_klip import KLipPPO, ResumableCheckpointCallback
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "resume_logs")
+env = VecNormalize(make_vec_env("Hopper-v4", n_envs=2))
+
+checkpoints = sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[2]))
+if checkpoints:
+    model = KLipPPO.load(checkpoints[-1], env=env, resume=True)
+    print(f"Going on from step {model.num_timesteps}", flush=True)
+else:
+    model = KLipPPO("MlpPolicy", env, n_steps=512, n_epochs=5, seed=0, device="cpu")
+
+# The same call each time: the steps that were taken already are not taken again.
+model.learn(20_000, callback=ResumableCheckpointCallback(save_freq=512, save_path=str(folder)))
+model.save(folder / "final")
+print(f"Trained for {model.num_timesteps} steps; the policy is in {folder / 'final.zip'}")

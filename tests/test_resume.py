@@ -1,0 +1,355 @@
+"""Training that is interrupted and resumed ends as if nothing had happened."""
+
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from identity import assert_identical
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+
+from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, ResumableCheckpointCallback, resume
+
+STEPS = 64
+SMALL = {"n_steps": STEPS, "batch_size": 32, "n_epochs": 2, "seed": 3, "device": "cpu"}
+
+
+class InterruptError(Exception):
+    """Raised in the middle of a rollout."""
+
+
+class Interrupt(BaseCallback):
+    def __init__(self, at: int):
+        super().__init__()
+        self.at = at
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self.at:
+            raise InterruptError
+        return True
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[2]))
+
+
+def make(env_id: str, n_envs: int = 2, **kwargs: Any) -> Callable[[], VecEnv]:
+    return lambda: VecNormalize(make_vec_env(env_id, n_envs, **kwargs), gamma=0.98)
+
+
+def interrupted(make_env: Callable[[], VecEnv], total: int, folder: Path, algorithm: Any = KLipPPO, **kwargs: Any) -> Path:
+    """Train until the middle of the fourth rollout, and return the last checkpoint."""
+    env = make_env()
+    kwargs = {"policy": "MlpPolicy", **SMALL, **kwargs}
+    model = algorithm(env=env, **kwargs)
+    callbacks = [ResumableCheckpointCallback(STEPS, str(folder)), Interrupt(int(3.5 * STEPS * env.num_envs))]
+    with pytest.raises(InterruptError):
+        model.learn(total, callback=callbacks)
+    env.close()
+    return checkpoints(folder)[-1]
+
+
+MASKABLE = {"algorithm": KLipMaskablePPO}
+RECURRENT = {"algorithm": KLipRecurrentPPO, "policy": "MlpLstmPolicy", "policy_kwargs": {"lstm_hidden_size": 8}}
+
+
+@pytest.mark.parametrize(
+    ("make_env", "kwargs"),
+    [
+        *(
+            (make(env_id), {})
+            for env_id in ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4", "Hopper-v5")
+        ),
+        *((make(env_id), {}) for env_id in ("Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1")),
+        (lambda: make_vec_env("CartPole-v1", 3), {}),
+        (make("Hopper-v4"), {"use_sde": True, "sde_sample_freq": 4}),
+        (lambda: VecFrameStack(make("CartPole-v1")(), 3), {}),
+        (make("CartPole-v1"), {"beta": "adaptive"}),
+        (make("CartPole-v1"), {"beta": "position", "clip_range": lambda progress: 0.3 * progress}),
+        (make("CartPole-v1"), RECURRENT),
+        (lambda: DummyVecEnv([lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=5)]), MASKABLE),
+    ],
+)
+def test_equals_the_uninterrupted_run(make_env: Callable[[], VecEnv], kwargs: dict[str, Any], tmp_path: Path) -> None:
+    total = 6 * STEPS * make_env().num_envs
+    arguments = {"policy": "MlpPolicy", **SMALL, **kwargs}
+    reference = arguments.pop("algorithm", KLipPPO)(env=make_env(), **arguments).learn(total)
+    last = interrupted(make_env, total, tmp_path, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The run goes on")
+        model = type(reference).load(last, env=make_env(), device="cpu", resume=True)
+    assert model.num_timesteps == total // 2
+    # What a program draws between loading and learning does not matter.
+    random.random(), np.random.rand(3), th.rand(3)
+    model.learn(total)
+
+    assert_identical(model, reference)
+    episodes = [[(episode["r"], episode["l"]) for episode in each.ep_info_buffer] for each in (model, reference)]
+    assert episodes[0] == episodes[1]
+    if (statistics := model.get_vec_normalize_env()) is not None:
+        expected = reference.get_vec_normalize_env()
+        np.testing.assert_array_equal(statistics.obs_rms.mean, expected.obs_rms.mean)
+        np.testing.assert_array_equal(statistics.returns, expected.returns)
+        assert statistics.ret_rms.var == expected.ret_rms.var
+    np.testing.assert_array_equal(model._last_obs, reference._last_obs)
+
+
+def test_any_rollout_boundary_will_do(tmp_path: Path) -> None:
+    """Also the first, the last, and one that was itself reached after resuming."""
+    make_env, total = make("Hopper-v4"), 6 * STEPS * 2
+    reference = KLipPPO("MlpPolicy", make_env(), **SMALL)
+    reference.learn(total, callback=ResumableCheckpointCallback(1, str(tmp_path)))
+    assert [path.stem for path in checkpoints(tmp_path)] == [f"rl_model_{n * 2 * STEPS}_steps" for n in range(1, 7)]
+    for position, path in enumerate(checkpoints(tmp_path)):
+        again = tmp_path / str(position)
+        model = KLipPPO.load(path, env=make_env(), device="cpu", resume=True)
+        model.learn(total, callback=ResumableCheckpointCallback(1, str(again)))
+        assert_identical(model, reference)
+        # Nothing is saved twice, and nothing that the reference did not save.
+        assert [path.name for path in checkpoints(again)] == [path.name for path in checkpoints(tmp_path)[position + 1 :]]
+        if position == 0:
+            twice = KLipPPO.load(checkpoints(again)[0], env=make_env(), device="cpu", resume=True).learn(total)
+            assert_identical(twice, reference)
+
+
+def test_save_after_learning_resumes_into_a_longer_run(tmp_path: Path) -> None:
+    make_env = make("CartPole-v1")
+    short = KLipPPO("MlpPolicy", make_env(), **SMALL).learn(4 * STEPS)
+    short.save(tmp_path / "short", resumable=True)
+    # A constant learning rate and clip range: nothing depends on the total.
+    with pytest.warns(UserWarning, match="total_timesteps=512 instead of 256"):
+        longer = KLipPPO.load(tmp_path / "short", env=make_env(), device="cpu", resume=True).learn(8 * STEPS)
+    assert_identical(longer, KLipPPO("MlpPolicy", make_env(), **SMALL).learn(8 * STEPS))
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    make_env = make("CartPole-v1")
+    model = KLipPPO("MlpPolicy", make_env(), **SMALL).learn(4 * STEPS)
+    model.save(tmp_path / "end", resumable=True)
+    again = KLipPPO.load(tmp_path / "end", env=make_env(), device="cpu", resume=True).learn(4 * STEPS)
+    assert_identical(again, model)
+
+
+def test_callbacks_go_on_at_the_same_steps(tmp_path: Path) -> None:
+    make_env, total = make("CartPole-v1"), 6 * STEPS * 2
+
+    def evaluation(folder: str) -> EvalCallback:
+        env = VecNormalize(make_vec_env("CartPole-v1", 1), training=False, norm_reward=False)
+        return EvalCallback(env, n_eval_episodes=1, eval_freq=50, log_path=str(tmp_path / folder), verbose=0)
+
+    KLipPPO("MlpPolicy", make_env(), **SMALL).learn(total, callback=evaluation("whole"))
+    last = interrupted(make_env, total, tmp_path)
+    KLipPPO.load(last, env=make_env(), device="cpu", resume=True).learn(total, callback=[evaluation("rest")])
+    whole, rest = (np.load(tmp_path / folder / "evaluations.npz")["timesteps"] for folder in ("whole", "rest"))
+    assert list(rest) == [step for step in whole if step > total // 2]
+
+
+class Opaque(gym.Wrapper):
+    """Holds what cannot be pickled, as environments written in other languages do."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.handle = (each for each in ())
+
+
+def opaque() -> VecEnv:
+    return VecNormalize(make_vec_env("CartPole-v1", 2, wrapper_class=Opaque))
+
+
+def subprocesses() -> VecEnv:
+    return VecNormalize(make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}))
+
+
+@pytest.mark.parametrize(
+    ("make_env", "reason"),
+    [
+        (make("LunarLander-v3"), "LunarLander.*SwigPyObject"),
+        (opaque, "cannot pickle 'generator' object"),
+        (subprocesses, "the environments of a SubprocVecEnv are in other processes"),
+    ],
+)
+def test_where_an_environment_cannot_be_restored_an_episode_begins(
+    make_env: Callable[[], VecEnv], reason: str, tmp_path: Path
+) -> None:
+    total = 6 * STEPS * 2
+    with pytest.warns(UserWarning, match=f"will go on at the start of an episode, as .*{reason}"):
+        last = interrupted(make_env, total, tmp_path)
+    with pytest.warns(UserWarning, match=f"goes on at the start of an episode, and not exactly .*{reason}"):
+        model = KLipPPO.load(last, env=make_env(), device="cpu", resume=True)
+    saved = model.get_vec_normalize_env().obs_rms.count
+    assert saved > total // 2  # the statistics are those of the run
+    model.learn(total)
+    assert model.num_timesteps == total
+    model.env.close()
+
+
+def test_an_environment_that_cannot_be_restored_keeps_its_generator(tmp_path: Path) -> None:
+    last = interrupted(opaque, 6 * STEPS * 2, tmp_path)
+    with pytest.warns(UserWarning, match="not exactly"):
+        models = [KLipPPO.load(last, env=opaque(), device="cpu", resume=True) for _ in range(2)]
+    starts = [model.env.reset() for model in models]
+    fresh = opaque()
+    fresh.seed(SMALL["seed"])
+    np.testing.assert_array_equal(*starts)
+    assert not np.allclose(models[0].env.get_original_obs(), fresh.venv.reset())
+
+
+def test_environments_within_attributes_are_not_taken_for_state(tmp_path: Path) -> None:
+    """Their pickle would be a recipe for a new one."""
+
+    class Twin(gym.Wrapper):
+        def __init__(self, env: gym.Env):
+            super().__init__(env)
+            self.other = gym.make("CartPole-v1").unwrapped
+
+    state = resume.EnvState.read(make_vec_env("CartPole-v1", 1, wrapper_class=Twin))
+    assert "holds another environment, a CartPoleEnv" in state.problem
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    return interrupted(make("CartPole-v1"), 6 * STEPS * 2, folder)
+
+
+def test_it_is_an_ordinary_checkpoint_too(checkpoint: Path) -> None:
+    env = make("CartPole-v1")()
+    for algorithm in (PPO, KLipPPO):
+        model = algorithm.load(checkpoint, env=env, device="cpu")
+        assert model.num_timesteps == 3 * STEPS * 2
+        model.learn(STEPS)
+        assert model.num_timesteps == 2 * STEPS  # begins anew, as always in SB3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "resume=True needs env"),
+        ({"env": make("CartPole-v1", 1)}, r"as many environments: it is VecNormalize > DummyVecEnv > Monitor"),
+        ({"env": lambda: make_vec_env("CartPole-v1", 2)}, "with the same wrappers"),
+        ({"env": subprocesses}, "with the same wrappers"),
+        ({"env": make("CartPole-v1"), "trusted": False}, "resume=True needs trusted=True"),
+    ],
+)
+def test_what_cannot_be_resumed_is_refused(checkpoint: Path, kwargs: dict[str, Any], message: str) -> None:
+    if "env" in kwargs:
+        kwargs = {**kwargs, "env": kwargs["env"]()}
+    with pytest.raises(ValueError, match=message):
+        KLipPPO.load(checkpoint, device="cpu", resume=True, **kwargs)
+
+
+def test_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:
+    KLipPPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"plain.zip' has nothing to resume from"):
+        KLipPPO.load(tmp_path / "plain", env=make("CartPole-v1")(), resume=True)
+
+
+def test_other_versions_are_named(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {**resume.versions(), "torch": "99.0", "torch threads": "7"}
+    monkeypatch.setattr(resume, "versions", lambda: now)
+    with pytest.warns(UserWarning, match=r"torch \S+ then, 99.0 now; torch threads 1 then, 7 now"):
+        KLipPPO.load(checkpoint, env=make("CartPole-v1")(), device="cpu", resume=True)
+
+
+class SaveAt(BaseCallback):
+    """Saves a resumable checkpoint at a moment that is not between two rollouts."""
+
+    def __init__(self, path: Path, moment: str):
+        super().__init__()
+        self.path, self.moment = path, moment
+
+    def _on_step(self) -> bool:
+        if self.moment == "step":
+            self.model.save(self.path, resumable=True)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.model.save(self.path, resumable=True)
+
+
+@pytest.mark.parametrize("moment", ["step", "rollout end", "before"])
+def test_only_between_rollouts(moment: str, tmp_path: Path) -> None:
+    model = KLipPPO("MlpPolicy", "CartPole-v1", **SMALL)
+    save = functools.partial(model.save, tmp_path / "no", resumable=True)
+    learn = functools.partial(model.learn, STEPS, callback=SaveAt(tmp_path / "no", moment))
+    with pytest.raises(ValueError, match="a moment between two rollouts"):
+        save() if moment == "before" else learn()
+    assert not (tmp_path / "no.zip").exists()
+
+
+def test_an_interrupted_update_is_not_a_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = KLipPPO("MlpPolicy", "CartPole-v1", **SMALL)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_end_update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(STEPS)
+    with pytest.raises(ValueError, match="between two rollouts"):
+        model.save(tmp_path / "no", resumable=True)
+
+
+def test_the_callback_refuses_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_freq=0 must be positive"):
+        ResumableCheckpointCallback(0, str(tmp_path))
+    with pytest.raises(ValueError, match="for the algorithms of sb3-klip, not for PPO"):
+        PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(STEPS, callback=ResumableCheckpointCallback(1, str(tmp_path)))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        KLipPPO("MlpPolicy", "CartPole-v1", **SMALL).learn(
+            STEPS, callback=ResumableCheckpointCallback(1, str(tmp_path / "file"))
+        )
+
+
+def example(folder: Path) -> subprocess.Popen[bytes]:
+    """The example, which goes on from the last checkpoint in a folder."""
+    script = Path(__file__).parent.parent / "examples" / "resume.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(script), str(folder)], env=environment, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert example(folder).wait(300) == 0
+    return folder / "final.zip"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLED_RUNS", "3"))))
+def test_killed_at_random_moments(seed: int, uninterrupted: Path, tmp_path: Path) -> None:
+    """Three times: SIGKILL after a random time, and once more for each start until the run comes to its end."""
+    chance, kills = random.Random(seed), 0
+    while kills < 20:
+        process = example(tmp_path)
+        try:
+            status = process.wait(chance.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            status = process.wait()
+        if status != -signal.SIGKILL:
+            break
+        kills += 1
+        time.sleep(0.1)
+    assert status == 0
+    assert kills > 0
+    print(f"killed {kills} times")
+    ours, theirs = (KLipPPO.load(path, device="cpu") for path in (tmp_path / "final.zip", uninterrupted))
+    assert_identical(ours, theirs)
