@@ -31,7 +31,7 @@ from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
 from sb3_klip.resume import Boundary, continue_counting, read_generators, read_state, restore_state, set_generators
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
-from sb3_klip.speed import foreach_steps, unchecked_distributions
+from sb3_klip.speed import Step, stepping, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
@@ -146,11 +146,12 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         update = self._begin_update()
         log = UpdateLog(update.clip_range, update.coefficient.estimator)
         before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
+        parameters = list(self.policy.parameters())
         for epoch in range(self.n_epochs):
             log.begin_epoch()
             try:
-                with unchecked_distributions(), foreach_steps(self.policy.optimizer):
-                    finished = self._train_epoch(epoch, update, log)
+                with unchecked_distributions(), stepping(self.policy.optimizer, parameters, self.max_grad_norm) as step:
+                    finished = self._train_epoch(epoch, update, log, step)
             except ValueError as error:
                 # A policy may refuse the NaN parameters that a bad step leaves behind.
                 if (problem := log.first_non_finite()) is not None:
@@ -182,10 +183,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         self.policy.set_training_mode(True)
         return Update(coefficient, clip_range, clip_range_vf, snapshot, positions)
 
-    def _train_epoch(self, epoch: int, update: Update, log: UpdateLog) -> bool:
+    def _train_epoch(self, epoch: int, update: Update, log: UpdateLog, step: Step) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
-        optimizer = self.policy.optimizer
-        parameters = list(self.policy.parameters())
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask = self._valid_steps(rollout_data)
@@ -205,8 +204,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
             values = values.flatten()
             if update.clip_range_vf is not None:
-                step = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
-                values = rollout_data.old_values + step
+                change = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
+                values = rollout_data.old_values + change
             value_loss = self._value_loss(rollout_data.returns, values, mask)
 
             # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
@@ -220,10 +219,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             if self._stops_early(epoch, update.coefficient, minibatch):
                 return False
 
-            optimizer.zero_grad()
-            loss.backward()
-            log.gradient_norms.append(th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True))
-            optimizer.step()
+            log.gradient_norms.append(step(loss))
         return True
 
     def _end_update(self, update: Update, log: UpdateLog) -> None:

@@ -340,7 +340,7 @@ def test_killed_at_random_moments(seed: int, uninterrupted: Path, tmp_path: Path
     while kills < 20:
         process = example(tmp_path)
         try:
-            status = process.wait(chance.uniform(4, 16))
+            status = process.wait(chance.uniform(3, 9))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             status = process.wait()
