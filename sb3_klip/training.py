@@ -31,7 +31,7 @@ from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
 from sb3_klip.resume import Boundary, continue_counting, read_generators, read_state, restore_state, set_generators
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
-from sb3_klip.speed import Step, stepping, unchecked_distributions
+from sb3_klip.speed import Step, plain_forward, stepping, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
@@ -390,7 +390,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             self._resuming = None
         # Before gSDE draws its noise, so that a checkpoint from on_rollout_start draws the same again.
         self._boundary = Boundary(self.num_timesteps, read_generators())
-        return super().collect_rollouts(*args, **kwargs)
+        with plain_forward(self.policy):
+            return super().collect_rollouts(*args, **kwargs)
 
     def _setup_model(self) -> None:
         super()._setup_model()
