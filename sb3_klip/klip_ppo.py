@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_klip.coefficients import CoefficientLike
+from sb3_klip.speed import check_compile
 from sb3_klip.training import PerSampleKLTraining, check_policy, make_beta
 
 SelfKLipPPO = TypeVar("SelfKLipPPO", bound="KLipPPO")
@@ -55,8 +56,11 @@ class KLipPPO(PerSampleKLTraining, PPO):
     :param beta_kwargs: Parameters of the coefficient; each number may also be "lin_x" or a function of the remaining progress
     :param log_kl: Whether to log ``train/kl``, the closed-form KL divergence of the final policy of each update from the
         rollout policy, averaged over the rollout; costs two forward passes per update
+    :param compile: Whether to compile the update with ``torch.compile``, or a dict of its arguments. About twice as fast after
+        a compilation of half a minute; equal to the update of ``PPO`` up to rounding, and no longer bit for bit.
     :raises ValueError: if ``beta`` or ``policy`` is unknown, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
+    :raises RuntimeError: if ``compile`` is asked for and there is no C++ compiler
     """
 
     def __init__(
@@ -90,11 +94,14 @@ class KLipPPO(PerSampleKLTraining, PPO):
         beta: str | CoefficientLike = "step",
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
+        compile: bool | dict[str, Any] = False,
     ):
         # Before anything is built, so that a typo costs nothing.
         self.beta = make_beta(beta, beta_kwargs)
         self.beta_kwargs = beta_kwargs
         self.log_kl = log_kl
+        check_compile(compile)
+        self.compile = compile
         check_policy(policy, self.policy_aliases, BasePolicy)
         super().__init__(
             policy,

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 
 
-def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, np.ndarray | None]]:
+def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor | None]]:
     """
     The buffer's own minibatches, from its own random numbers, each with the places of its samples in the flattened rollout.
 
@@ -34,7 +34,7 @@ def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterat
     buffer._get_samples = recording  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            yield samples, taken.popleft() if taken else None
+            yield samples, th.from_numpy(taken.popleft()) if taken else None
     finally:
         del buffer._get_samples
 
@@ -95,7 +95,7 @@ class PolicySnapshot:
         self.parameters: Parameters = ()
         self._seen: th.Tensor | None = None
 
-    def store(self, indices: np.ndarray, mask: th.Tensor | None, policy: Any) -> None:
+    def store(self, indices: th.Tensor, mask: th.Tensor | None, policy: Any) -> None:
         """
         Take in the distribution that the policy holds.
 
@@ -117,7 +117,7 @@ class PolicySnapshot:
         for kept, current in zip(self.parameters, parameters, strict=True):
             kept[indices] = current if mask is None else current[mask]
 
-    def kl(self, indices: np.ndarray, mask: th.Tensor | None, policy: Any) -> th.Tensor:
+    def kl(self, indices: th.Tensor, mask: th.Tensor | None, policy: Any) -> th.Tensor:
         """
         KL(π_old ‖ π_new) at each sample of a minibatch, 0 where the mask is False.
 

@@ -1,5 +1,6 @@
 """Ways of doing the same arithmetic in less time: an update that uses them has the same bits."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ from stable_baselines3.common.distributions import CategoricalDistribution, Diag
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.distributions import Distribution
+
+from sb3_klip.errors import did_you_mean
 
 Step = Callable[[th.Tensor], th.Tensor]
 
@@ -37,7 +41,9 @@ def unchecked_distributions() -> Iterator[None]:
 
 
 @contextmanager
-def stepping(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter], max_grad_norm: float) -> Iterator[Step]:
+def stepping(
+    optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter], max_grad_norm: float, fused: bool = False
+) -> Iterator[Step]:
     """
     How to take the steps of an update: a function of the loss, which returns the norm of the gradient before it is clipped.
 
@@ -47,8 +53,9 @@ def stepping(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter
     :param optimizer: when this ends, it and the parameters are as they would be after ordinary steps
     :param parameters: those whose gradient is clipped
     :param max_grad_norm: what the norm is clipped to
+    :param fused: let Adam step in one call, and take the norm of the gradient in one, which rounds differently
     """
-    one = _OneTensor(optimizer, parameters) if _can_be_one_tensor(optimizer, parameters) else None
+    one = _OneTensor(optimizer, parameters, fused) if _can_be_one_tensor(optimizer, parameters) else None
 
     def step(loss: th.Tensor) -> th.Tensor:
         nonlocal one
@@ -64,7 +71,7 @@ def stepping(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter
         optimizer.step()
         return norm
 
-    with _foreach_steps(optimizer):
+    with _fewer_calls(optimizer, "fused" if fused else "foreach"):
         try:
             yield step
         finally:
@@ -73,22 +80,24 @@ def stepping(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter
 
 
 @contextmanager
-def _foreach_steps(optimizer: th.optim.Optimizer) -> Iterator[None]:
+def _fewer_calls(optimizer: th.optim.Optimizer, how: str) -> Iterator[None]:
     """
-    Let Adam step on all tensors in each call, which torch does by itself on a GPU only; its arithmetic is the same.
+    Let Adam step on all tensors in each call, which torch does by itself on a GPU only.
 
     Optimizers of other kinds, and a choice that the user made, are left alone.
 
     :param optimizer: its groups are as before afterwards, so that they are saved as they were
+    :param how: "foreach", whose arithmetic is the same, or "fused", whose arithmetic is not
     """
     groups = [g for g in optimizer.param_groups if _is_plain_adam(optimizer) and g["foreach"] is None and not g["fused"]]
+    before = [group[how] for group in groups]
     for group in groups:
-        group["foreach"] = True
+        group[how] = True
     try:
         yield
     finally:
-        for group in groups:
-            group["foreach"] = None
+        for group, choice in zip(groups, before, strict=True):
+            group[how] = choice
 
 
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
@@ -120,23 +129,25 @@ class _OneTensor:
 
     :param optimizer: plain Adam of these parameters
     :param parameters: the parameters
+    :param fused: whether to round differently, in fewer calls
     """
 
-    def __init__(self, optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]):
+    def __init__(self, optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter], fused: bool):
         self.optimizer = optimizer
         self.parameters = parameters
+        self.fused = fused
         # What lies between the parameters is zero, and stays zero.
         self.starts = [0]
         for parameter in parameters:
             self.starts.append(self.starts[-1] + -(-parameter.numel() // _LINE) * _LINE)
 
         flat = th.nn.Parameter(self._gather(parameters))
-        flat.grad = th.zeros_like(flat)
         self.flat = flat
-        self.gradients = self._views(flat.grad)
+        self.gradient = flat.grad = th.zeros_like(flat)
+        self.gradients = self._views(self.gradient)
         # torch's own, with the settings of the policy's.
         self.adam = type(optimizer)([flat])  # type: ignore[call-arg]
-        self.adam.param_groups[0].update({**optimizer.param_groups[0], "params": [flat]})
+        self.adam.param_groups[0].update({**optimizer.param_groups[0], "params": [flat], "fused": fused or None})
         if optimizer.state:
             states = [optimizer.state[parameter] for parameter in parameters]
             averages = {name: self._gather([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
@@ -160,10 +171,10 @@ class _OneTensor:
             parameter.grad = None
 
     def step(self, max_grad_norm: float) -> th.Tensor:
-        """Clip the gradient and step; the norm is the one of the norms of the parameters, as ``clip_grad_norm_`` has it."""
+        """Clip the gradient and step; the norm is that of the parameters' norms, as in ``clip_grad_norm_``."""
         gradients: list[Any] = [parameter.grad for parameter in self.parameters]
-        norm = th.nn.utils.get_total_norm(gradients, foreach=True)
         th._foreach_copy_(self.gradients, gradients)
+        norm = th.nn.utils.get_total_norm([self.gradient] if self.fused else gradients, foreach=True)
         th.nn.utils.clip_grads_with_norm_([self.flat], max_grad_norm, norm, foreach=False)
         self.adam.step()
         return norm
@@ -261,3 +272,48 @@ def _check_action(values: th.Tensor, name: str) -> None:
             f"the policy has no action to take: its {name} is {values.tolist()}. Is there a NaN in the observation, or in a "
             "parameter of the policy?"
         )
+
+
+def compiled(loss: Callable[..., Any], options: bool | dict[str, Any]) -> Callable[..., Any]:
+    """
+    ``torch.compile`` a function.
+
+    :param loss: the function
+    :param options: arguments of ``torch.compile``, or True for none
+    """
+    return th.compile(loss, **({} if options is True else dict(options)))  # type: ignore[arg-type]
+
+
+def check_compile(options: bool | dict[str, Any]) -> None:
+    """
+    Refuse what cannot be compiled with, before anything is built.
+
+    :param options: as for :func:`compiled`, or False
+    :raises TypeError: if it is of another type, or names what is not an argument of ``torch.compile``
+    :raises ValueError: if the backend is unknown
+    :raises RuntimeError: if torch cannot compile here
+    """
+    if options is False:
+        return
+    if options is not True and not isinstance(options, dict):
+        raise TypeError(f"compile must be True, False or a dict of arguments of torch.compile, not {options!r}")
+    given = {} if options is True else options
+    allowed = [name for name in inspect.signature(th.compile).parameters if name != "model"]
+    for name in given:
+        if name not in allowed:
+            hint = did_you_mean(name, allowed)
+            raise TypeError(f"compile has {name!r}, which is not an argument of torch.compile: {', '.join(allowed)}.{hint}")
+    backend = given.get("backend", "inductor")
+    backends = th.compiler.list_backends(exclude_tags=None)
+    if isinstance(backend, str) and backend not in backends:
+        raise ValueError(
+            f"compile's backend={backend!r} must be one of {', '.join(backends)}.{did_you_mean(backend, backends)}"
+        )
+    if backend == "inductor":
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise RuntimeError(
+                "compile=True needs a C++ compiler, and torch finds none: install g++ (or clang, or name one in the "
+                "environment variable CXX), or leave compile out. The update is then slower, and bit-identical to PPO's."
+            ) from error

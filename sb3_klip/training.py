@@ -5,7 +5,7 @@ import io
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
 from sb3_klip.resume import Boundary, continue_counting, read_generators, read_state, restore_state, set_generators
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
-from sb3_klip.speed import Step, plain_forward, stepping, unchecked_distributions
+from sb3_klip.speed import Step, compiled, plain_forward, stepping, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
@@ -73,15 +73,15 @@ class Update(NamedTuple):
     What does not change during one ``train()``.
 
     :param coefficient: the coefficient, its schedules brought up to date
-    :param clip_range: half-width ε
-    :param clip_range_vf: clipping range of the value function, if any
+    :param clip_range: half-width ε, a number or a tensor
+    :param clip_range_vf: clipping range of the value function, likewise, if any
     :param snapshot: the rollout policy's distributions, if they are asked for
     :param positions: position of each sample in its episode, if asked for
     """
 
     coefficient: Coefficient
-    clip_range: float
-    clip_range_vf: float | None
+    clip_range: Any
+    clip_range_vf: Any
     snapshot: PolicySnapshot | None
     positions: th.Tensor | None
 
@@ -98,6 +98,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     beta: str | Coefficient
     beta_kwargs: dict[str, Any] | None
     log_kl: bool
+    # Arguments of torch.compile, or True for none; False for the update whose bits are PPO's.
+    compile: bool | dict[str, Any] = False
+    _compiled_loss: Callable[..., Any] | None = None
     # Steps that the environments' running episodes already had when the last rollout ended.
     _episode_steps: Sequence[int] = ()
     # The last moment between two rollouts, if that is now; see sb3_klip.resume.
@@ -144,13 +147,13 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
         """
         update = self._begin_update()
-        log = UpdateLog(update.clip_range, update.coefficient.estimator)
+        log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
         before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
-        parameters = list(self.policy.parameters())
+        parameters, fused = list(self.policy.parameters()), bool(self.compile)
         for epoch in range(self.n_epochs):
             log.begin_epoch()
             try:
-                with unchecked_distributions(), stepping(self.policy.optimizer, parameters, self.max_grad_norm) as step:
+                with unchecked_distributions(), stepping(self.policy.optimizer, parameters, self.max_grad_norm, fused) as step:
                     finished = self._train_epoch(epoch, update, log, step)
             except ValueError as error:
                 # A policy may refuse the NaN parameters that a bad step leaves behind.
@@ -181,46 +184,59 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         positions = self._positions() if "position" in coefficient.requests else None
         snapshot = self._snapshot() if coefficient.needs_kl or self.log_kl else None
         self.policy.set_training_mode(True)
+        if self.compile:
+            # Numbers would be compiled in, and compiled anew whenever a schedule changes them.
+            clip_range = self._tensor(clip_range)
+            clip_range_vf = None if clip_range_vf is None else self._tensor(clip_range_vf)
         return Update(coefficient, clip_range, clip_range_vf, snapshot, positions)
 
     def _train_epoch(self, epoch: int, update: Update, log: UpdateLog, step: Step) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
+        compute = self._loss if self._compiled_loss is None else self._compiled_loss
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
-            values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
-            mask = self._valid_steps(rollout_data)
-            advantages = rollout_data.advantages
-            if self.normalize_advantage:
-                advantages = self._normalize_advantages(advantages, mask)
-
-            terms = per_sample_kl(
-                log_prob,
-                rollout_data.old_log_prob,
-                advantages,
-                update.coefficient,
-                update.clip_range,
-                **self._quantities(update, indices, mask, advantages),
-            )
-            policy_loss = masked_mean(terms.loss, mask)
-
-            values = values.flatten()
-            if update.clip_range_vf is not None:
-                change = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
-                values = rollout_data.old_values + change
-            value_loss = self._value_loss(rollout_data.returns, values, mask)
-
-            # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
-            entropy_loss = -masked_mean(-log_prob if entropy is None else entropy, mask)
-            loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
-
-            minibatch = Minibatch(
-                terms._replace(loss=terms.loss.detach()), advantages, mask, value_loss.detach(), entropy_loss.detach()
-            )
+            loss, minibatch = compute(rollout_data, indices, update)
             log.minibatches.append(minibatch)
             if self._stops_early(epoch, update.coefficient, minibatch):
                 return False
-
             log.gradient_norms.append(step(loss))
         return True
+
+    def _loss(self, rollout_data: Any, indices: th.Tensor | None, update: Update) -> tuple[th.Tensor, Minibatch]:
+        """The loss of a minibatch, and what is logged of it."""
+        values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+        mask = self._valid_steps(rollout_data)
+        advantages = rollout_data.advantages
+        if self.normalize_advantage:
+            advantages = self._normalize_advantages(advantages, mask)
+
+        terms = per_sample_kl(
+            log_prob,
+            rollout_data.old_log_prob,
+            advantages,
+            update.coefficient,
+            update.clip_range,
+            **self._quantities(update, indices, mask, advantages),
+        )
+        policy_loss = masked_mean(terms.loss, mask)
+
+        values = values.flatten()
+        if update.clip_range_vf is not None:
+            change = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
+            values = rollout_data.old_values + change
+        value_loss = self._value_loss(rollout_data.returns, values, mask)
+
+        # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
+        entropy_loss = -masked_mean(-log_prob if entropy is None else entropy, mask)
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        terms = terms._replace(loss=terms.loss.detach())
+        return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach())
+
+    def _compilable_loss(self, *args: Any) -> tuple[th.Tensor, Minibatch]:
+        """:meth:`_loss`, for ``torch.compile``."""
+        loss, minibatch = self._loss(*args)
+        # Or it would have to leave the compiled code together with its gradient, which costs time.
+        self.policy.action_dist.distribution = None  # type: ignore[assignment]
+        return loss, minibatch
 
     def _end_update(self, update: Update, log: UpdateLog) -> None:
         """Write the log, and let the coefficient learn from how far the policy went."""
@@ -236,9 +252,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/clip_range", update.clip_range)
+        self.logger.record("train/clip_range", float(update.clip_range))
         if update.clip_range_vf is not None:
-            self.logger.record("train/clip_range_vf", update.clip_range_vf)
+            self.logger.record("train/clip_range_vf", float(update.clip_range_vf))
 
     def _stops_early(self, epoch: int, coefficient: Coefficient, minibatch: Minibatch) -> bool:
         """Whether ``target_kl`` or the coefficient ends the update before this minibatch's step."""
@@ -263,7 +279,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
     def _quantities(
-        self, update: Update, indices: np.ndarray | None, mask: th.Tensor | None, like: th.Tensor
+        self, update: Update, indices: th.Tensor | None, mask: th.Tensor | None, like: th.Tensor
     ) -> dict[str, th.Tensor]:
         """What the coefficient asks to know of the samples that the policy has just evaluated."""
         quantities = {}
@@ -275,7 +291,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             quantities["age"] = th.zeros_like(like)
         return quantities
 
-    def _known(self, indices: np.ndarray | None) -> np.ndarray:
+    def _known(self, indices: th.Tensor | None) -> th.Tensor:
         """Indices of a minibatch, which a user's rollout buffer may keep to itself."""
         if indices is None:
             raise ValueError(
@@ -284,7 +300,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             )
         return indices
 
-    def _evaluated_rollout(self) -> Iterator[tuple[Any, np.ndarray, th.Tensor | None, th.Tensor]]:
+    def _evaluated_rollout(self) -> Iterator[tuple[Any, th.Tensor, th.Tensor | None, th.Tensor]]:
         """
         The whole rollout once, each minibatch after the policy has evaluated it: samples, indices, mask, log π(a|s).
 
@@ -317,6 +333,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             total += (kl if mask is None else kl[mask]).sum().item()
             count += len(indices)
         return total / count
+
+    def _tensor(self, value: float) -> th.Tensor:
+        return th.tensor(value, dtype=th.float32, device=self.device)
 
     def _positions(self) -> th.Tensor:
         """Position of each sample in its episode, in the order of the flattened buffer."""
@@ -395,6 +414,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        if self.compile:
+            self._compiled_loss = compiled(self._compilable_loss, self.compile)
         if isinstance(self.beta, Coefficient):
             coefficient = self.beta
         else:  # a name and parameters, as they stand in a file
@@ -420,7 +441,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_boundary", "_resuming"]
+        return [*super()._excluded_save_params(), "_boundary", "_resuming", "_compiled_loss"]
 
     def save(
         self,

@@ -1108,10 +1108,9 @@ def test_other_content_for_statistics(tmp_path):
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_statistics_that_were_cut_off(tmp_path, trusted):
-    """At any byte."""
     path, venv = saved_statistics(normalized(), tmp_path / "vecnormalize.pkl"), DummyVecEnv([lambda: task("box")])
     data = path.read_bytes()
-    for length in range(len(data)):
+    for length in range(0, len(data), 3):
         path.write_bytes(data[:length])
         with pytest.raises(ValueError, match=r"vecnormalize\.pkl"):
             load_vecnormalize(path, venv, trusted=trusted)
@@ -1128,12 +1127,15 @@ def test_text_for_statistics(tmp_path, text, trusted):
         load_vecnormalize(tmp_path / "text.pkl", DummyVecEnv([lambda: task("box")]), trusted=trusted)
 
 
+ANY_VENV = DummyVecEnv([lambda: task("box")])
+
+
 @given(data=st.binary(max_size=20) | st.text(max_size=20).map(str.encode))
 def test_any_bytes_for_statistics(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "any.pkl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"any\.pkl"):
-        load_vecnormalize(path, DummyVecEnv([lambda: task("box")]), trusted=False)
+        load_vecnormalize(path, ANY_VENV, trusted=False)
 
 
 # -- environments at loading -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch as th
 
 from sb3_klip.coefficients.base import register
-from sb3_klip.coefficients.parameters import Fraction, Interval, NonNegative, Positive
+from sb3_klip.coefficients.parameters import Fraction, Interval, NonNegative, Positive, everywhere
 from sb3_klip.partition import harmful_distance, partition
 
 
@@ -252,7 +252,7 @@ def smoothing(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
     :param alpha: α
     :return: gate
     """
-    return th.full_like(ratio, alpha)
+    return everywhere(alpha, ratio)
 
 
 @register("soft_adaptive", "sapo")
@@ -276,6 +276,6 @@ def soft_adaptive(
     :param tau_neg: τ where Â <= 0
     :return: gate
     """
-    temperature = th.full_like(ratio, tau_neg).masked_fill(advantages > 0, tau_pos)
+    temperature = th.where(advantages > 0, everywhere(tau_pos, ratio), everywhere(tau_neg, ratio))
     # 1 - 4p(1 - p) is tanh² of half the argument, without the loss of digits near w = 1
     return th.tanh(temperature * (ratio - 1) / 2).square()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
+import torch as th
+
 from sb3_klip.errors import did_you_mean
 
 
@@ -46,6 +48,18 @@ Positive: TypeAlias = Annotated[float, Interval(0.0, low_open=True)]
 Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0)]
 
 Schedule: TypeAlias = Callable[[float], float]
+
+
+def everywhere(value: float, like: th.Tensor) -> th.Tensor:
+    """
+    One number for all samples.
+
+    Not ``full_like``, which ``torch.compile`` would compile anew for each number that a schedule takes.
+
+    :param value: the number
+    :param like: tensor of one value per sample
+    """
+    return th.zeros_like(like) + value
 
 
 @dataclass(frozen=True)

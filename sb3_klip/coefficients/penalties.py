@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import torch as th
 
 from sb3_klip.coefficients.base import register
-from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive
+from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive, everywhere
 
 Estimator: TypeAlias = Literal["analytic", "k1", "k3"]
 
@@ -89,7 +89,7 @@ def fixed(
     :param estimator: ``"analytic"`` (closed form), ``"k1"`` or ``"k3"`` (from the sampled action)
     :return: gate and weight
     """
-    return th.zeros_like(ratio), th.full_like(ratio, value)
+    return th.zeros_like(ratio), everywhere(value, ratio)
 
 
 class Adaptive:
@@ -122,7 +122,7 @@ class Adaptive:
         estimator: Estimator = "analytic",
     ) -> tuple[th.Tensor, th.Tensor]:
         """Gate and weight of each sample."""
-        return th.zeros_like(ratio), th.full_like(ratio, initial if self.value is None else self.value)
+        return th.zeros_like(ratio), everywhere(initial if self.value is None else self.value, ratio)
 
     def end_update(self, kl: float, *, initial: float, kl_target: float, factor: float, estimator: str) -> None:
         """Change b by the KL divergence that the update ended with."""
