@@ -1,75 +1,170 @@
 """
-Time ``train()`` of PPO and KLipPPO on the same filled rollout buffer, in one process, alternating.
+Time ``train()`` of PPO and KLipPPO on the same filled rollout buffer, in one process, in turn.
 
-    python benchmarks/train.py                  # 64-64 networks, minibatch 64
-    python benchmarks/train.py --net 256 --batch-size 32 --beta adaptive
+    python benchmarks/train.py                  # two settings: 64-64 networks with minibatches of 64, and 256-256 with 32
+    python benchmarks/train.py --compile        # with torch.compile, too
+    python benchmarks/train.py --grid           # over sizes of rollout, minibatch, network and observation, and a CNN
+    python benchmarks/train.py --coefficients   # every coefficient
 
-Prints the median time of each, and the median and quartiles of the ratio of neighbouring pairs.
+Prints the median time per minibatch, and the median and quartiles of PPO's time over each of the others'.
 """
 
-import argparse
-import copy
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import gymnasium as gym
+import numpy as np
 import torch as th
+from common import in_turn, parser, ratios, table, write
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import Logger
 
 from sb3_klip import KLipPPO
+from sb3_klip.coefficients import available, make
+
+#: Numbers in an observation and an action.
+TASKS = {"Hopper": (11, 3), "HalfCheetah": (17, 6), "Ant": (27, 8), "Humanoid": (376, 17)}
 
 
-def filled(algorithm: type[BaseAlgorithm], args: argparse.Namespace, **kwargs: object) -> BaseAlgorithm:
-    """A model with a rollout, ready for ``train()``."""
+class Setting(NamedTuple):
+    """What an update costs depends on."""
+
+    task: str = "Hopper"
+    net: int = 64
+    batch_size: int = 64
+    samples: int = 2048
+    epochs: int = 3
+
+    def __str__(self) -> str:
+        network = "CNN" if self.task == "image" else f"{self.net}-{self.net}"
+        return f"{self.task}, {network}, minibatch {self.batch_size}, {self.samples} samples"
+
+
+#: One size at a time away from the default, and the corners.
+GRID = [
+    *(Setting(samples=samples, epochs=2) for samples in (512, 2048, 8192, 65536)),
+    *(Setting(batch_size=batch_size, samples=max(2048, 2 * batch_size)) for batch_size in (32, 64, 256, 1024, 4096)),
+    *(Setting(net=net) for net in (128, 256, 512)),
+    *(Setting(task=task) for task in ("HalfCheetah", "Ant", "Humanoid")),
+    Setting(net=256, batch_size=32),
+    Setting("Humanoid", 512, 4096, 65536, 1),
+    Setting("Humanoid", 512, 32, 2048, 1),
+    Setting("image", 0, 64, 256, 1),
+    Setting("image", 0, 256, 1024, 1),
+]
+
+
+class Sized(gym.Env):
+    """An environment that has spaces, and nothing else."""
+
+    def __init__(self, task: str):
+        if task == "image":
+            self.observation_space: spaces.Space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+            self.action_space: spaces.Space = spaces.Discrete(6)
+        else:
+            seen, acted = TASKS[task]
+            self.observation_space = spaces.Box(-np.inf, np.inf, (seen,), np.float64)
+            self.action_space = spaces.Box(-1.0, 1.0, (acted,), np.float32)
+
+
+def filled(algorithm: type[BaseAlgorithm], setting: Setting, **kwargs: Any) -> BaseAlgorithm:
+    """A model with a rollout of random observations and rewards, and of what its policy does at them."""
+    image = setting.task == "image"
     model = algorithm(
-        "MlpPolicy",
-        args.env,
-        n_steps=args.n_steps,
-        batch_size=args.batch_size,
-        n_epochs=args.epochs,
-        policy_kwargs={"net_arch": [args.net, args.net]},
+        "CnnPolicy" if image else "MlpPolicy",
+        Sized(setting.task),
+        n_steps=setting.samples,
+        batch_size=setting.batch_size,
+        n_epochs=setting.epochs,
+        policy_kwargs={} if image else {"net_arch": [setting.net, setting.net]},
         seed=0,
         device="cpu",
         **kwargs,
     )
     model.set_logger(Logger(None, []))
-    _, callback = model._setup_learn(args.n_steps)
-    model.collect_rollouts(model.env, callback, model.rollout_buffer, args.n_steps)
+    generator, buffer = np.random.default_rng(0), model.rollout_buffer
+    buffer.reset()
+    for step in range(setting.samples):
+        seen = (
+            generator.integers(0, 255, (1, 4, 84, 84), np.uint8)
+            if image
+            else generator.normal(size=(1, TASKS[setting.task][0]))
+        )
+        with th.no_grad():
+            actions, values, log_prob = model.policy(th.as_tensor(seen))
+        actions = actions.numpy().reshape(1, -1)
+        buffer.add(seen, actions, generator.normal(size=1), np.array([step % 200 == 0]), values, log_prob)
+    buffer.compute_returns_and_advantage(values, np.array([False]))
     return model
 
 
-def timed(model: BaseAlgorithm, buffer: object) -> float:
-    """Seconds of one ``train()`` on a copy of the rollout."""
-    model.rollout_buffer = copy.deepcopy(buffer)
-    start = time.perf_counter()
-    model.train()
-    return time.perf_counter() - start
+def timing(model: BaseAlgorithm) -> Callable[[], float]:
+    """A function that trains on the rollout once more, and returns how many seconds that took."""
+    buffer = model.rollout_buffer
+    content = {name: value.copy() for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
+    initial = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+
+    def timed() -> float:
+        # train() has flattened the arrays; and the policy should be as far from the rollout's each time.
+        vars(buffer).update({name: value.copy() for name, value in content.items()})
+        buffer.generator_ready = False
+        model.policy.load_state_dict(initial)
+        start = time.perf_counter()
+        model.train()
+        return time.perf_counter() - start
+
+    timed()  # not counted: the first update makes the optimizer's state, and compiles
+    return timed
+
+
+def compare(setting: Setting, models: dict[str, dict[str, Any]], repeats: int) -> dict[str, Any]:
+    """Times per minibatch in µs, and ratios, of PPO and of KLipPPO with each of these arguments."""
+    timed = {"PPO": timing(filled(PPO, setting))}
+    timed.update({name: timing(filled(KLipPPO, setting, **arguments)) for name, arguments in models.items()})
+    seconds = in_turn(timed, repeats)
+    minibatches = setting.epochs * -(-setting.samples // setting.batch_size)
+    microseconds = {name: statistics.median(values) / minibatches * 1e6 for name, values in seconds.items()}
+    return {"setting": str(setting), "microseconds": microseconds, "ratios": ratios(seconds, "PPO")}
 
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="Hopper-v4")
-    parser.add_argument("--net", type=int, default=64, help="width of the two layers")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--n-steps", type=int, default=2048)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--beta", default="step")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    options = parser(__doc__, repeats=7)
+    options.add_argument("--beta", default="step", help="coefficient of KLipPPO (default: %(default)s)")
+    options.add_argument("--compile", action="store_true", help="compare KLipPPO(compile=True), too")
+    options.add_argument("--grid", action="store_true", help="many sizes")
+    options.add_argument("--coefficients", action="store_true", help="every coefficient")
+    args = options.parse_args()
     th.set_num_threads(args.threads)
 
-    ppo, klip = filled(PPO, args), filled(KLipPPO, args, beta=args.beta)
-    buffer = ppo.rollout_buffer
-    timed(ppo, buffer), timed(klip, buffer)  # not counted: the first update allocates the optimizer's state
-    pairs = [(timed(ppo, buffer), timed(klip, buffer)) for _ in range(args.repeats)]
-    minibatches = args.epochs * -(-args.n_steps // args.batch_size)
-    theirs, ours = (statistics.median(column) / minibatches * 1e6 for column in zip(*pairs, strict=True))
-    low, middle, high = statistics.quantiles([a / b for a, b in pairs], n=4)
-    print(f"{args.env}, {args.net}-{args.net}, minibatch {args.batch_size}, beta={args.beta}, {args.threads} thread(s)")
-    print(f"PPO {theirs:.0f} µs, KLipPPO {ours:.0f} µs per minibatch; PPO / KLipPPO {middle:.2f} ({low:.2f} to {high:.2f})")
+    settings = GRID if args.grid else [Setting(), Setting(net=256, batch_size=32)]
+    models: dict[str, dict[str, Any]] = {"KLipPPO": {"beta": args.beta}}
+    if args.compile:
+        models["compiled"] = {"beta": args.beta, "compile": True}
+    if args.coefficients:
+        settings, models = settings[:1], {name: {"beta": name} for name in available()}
+        # What the coefficients that need the rollout policy's distribution cost without it.
+        for name in [name for name in available() if make(name).estimator == "analytic" and name != "truly"]:
+            models[f"{name}, k3"] = {"beta": name, "beta_kwargs": {"estimator": "k3"}}
+
+    results = []
+    for setting in settings:
+        result = compare(setting, models, args.repeats)
+        results.append(result)
+        rows = [
+            (name, f"{median:.0f}", *(f"{ratio:.2f}" for ratio in result["ratios"].get(name, (1.0, 1.0, 1.0))))
+            for name, median in result["microseconds"].items()
+        ]
+        table(
+            f"{setting}, {args.threads} thread(s)",
+            ("", "µs per minibatch", "PPO's time over it", "quartile", "quartile"),
+            rows,
+        )
+    write(args.json, results)
 
 
 if __name__ == "__main__":

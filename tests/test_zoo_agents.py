@@ -536,7 +536,8 @@ class Resumed(NamedTuple):
         return self.cwd / run / "klip_ppo" / "Hopper-v4_1"
 
 
-HOPPER = ("--env", "Hopper-v4", "--num-threads", 1, *SILENT, "--save-freq", 128)
+# Checkpoints are due after 100, 200, … steps, and are saved at the ends of rollouts: 128, 256, 320, 448, 512, 640.
+HOPPER = ("--env", "Hopper-v4", "--num-threads", 1, *SILENT, "--save-freq", 100)
 HOPPER_UPDATE = ("-n", 640, "-params", "n_steps:64", "n_epochs:2", "learning_rate:'lin_0.001'")
 
 
@@ -546,9 +547,9 @@ def resumed(tmp_path_factory) -> Resumed:
     (cwd / "watched.py").write_text(WATCHED_PY)
     train_here(*HOPPER, "--seed", 3, "-f", "reference", *HOPPER_UPDATE, cwd=cwd)
     watched = (*HOPPER, "--gym-packages", "watched")
-    train(*watched, "--seed", 3, "-f", "killed", *HOPPER_UPDATE, cwd=cwd, env={"KILLED_AT": "500"}, status=-9)
+    train(*watched, "--seed", 3, "-f", "killed", *HOPPER_UPDATE, cwd=cwd, env={"KILLED_AT": "420"}, status=-9)
     assert not (cwd / "steps.txt").exists()
-    checkpoint = "killed/klip_ppo/Hopper-v4_1/rl_model_384_steps.zip"
+    checkpoint = "killed/klip_ppo/Hopper-v4_1/rl_model_320_steps.zip"
     completed = train(*watched, "-i", checkpoint, "-f", "resumed", "-params", "resume:True", cwd=cwd)
     return Resumed(cwd, completed.stdout, completed.stderr, int((cwd / "steps.txt").read_text()))
 
@@ -569,14 +570,14 @@ def assert_same_end(folder: Path, reference: Path, algorithm: type[BaseAlgorithm
 
 def test_a_kill_leaves_whole_checkpoints_and_nothing_else(resumed):
     folder = resumed.folder("killed")
-    assert names(folder, "*.zip") == {f"rl_model_{steps}_steps.zip" for steps in (128, 256, 384)}
+    assert names(folder, "*.zip") == {f"rl_model_{steps}_steps.zip" for steps in (128, 256, 320)}
     for file in folder.glob("*.zip"):
         Checkpoint.read(file)
     assert names(folder, ".*") == set()
 
 
 def test_resuming_ends_where_the_uninterrupted_run_ends(resumed):
-    assert "Resuming at step 384 of 640" in resumed.output
+    assert "Resuming at step 320 of 640" in resumed.output
     model = KLipPPO.load(resumed.folder("resumed") / "Hopper-v4.zip", device="cpu")
     assert (model.num_timesteps, model._n_updates) == (640, 20)
     assert_same_end(resumed.folder("resumed"), resumed.folder("reference"))
@@ -584,9 +585,9 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(resumed):
 
 
 def test_resuming_takes_the_steps_that_remained(resumed):
-    assert resumed.steps == 640 - 384
-    # Checkpoints go on at the same steps as well.
-    assert names(resumed.folder("resumed"), "rl_model_*.zip") == {"rl_model_512_steps.zip", "rl_model_640_steps.zip"}
+    assert resumed.steps == 640 - 320
+    # Checkpoints are saved where those of the run would have been.
+    assert names(resumed.folder("resumed"), "rl_model_*.zip") == {f"rl_model_{steps}_steps.zip" for steps in (448, 512, 640)}
 
 
 def test_resuming_takes_the_hyperparameters_of_the_run(resumed):
