@@ -10,10 +10,10 @@ import io
 import json
 import os
 import pathlib
-import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ RESUME = "klip_resume.pkl"
 #: How to tell the algorithm of a checkpoint, which names none: by hyperparameters that only this one has.
 _SIGNATURES = {
     "TRPO": "cg_max_steps",
-    "ARS": "delta_std",
+    "ARS": "n_delta",
     "TQC": "top_quantiles_to_drop_per_net",
     "SAC": "target_entropy",
     "DQN": "exploration_initial_eps",
@@ -50,6 +50,12 @@ _SIGNATURES = {
 }
 #: Algorithms that share those of another, told by the module of their policy.
 _MODULES = {"recurrent": "RecurrentPPO", "maskable": "MaskablePPO", "qrdqn": "QRDQN", "crossq": "CrossQ"}
+
+_UNKNOWN = "an unknown algorithm"
+
+#: What reading a broken zip file may raise; the last two, where bits say that it is encrypted, or packed in an unknown way.
+_UNREADABLE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError)
+_UNREADABLE += (json.JSONDecodeError, NotImplementedError, RuntimeError)
 
 #: Without these there is no model; everything else has a default.
 _NEEDED = ("policy_class", "observation_space", "action_space", "policy_kwargs")
@@ -69,6 +75,8 @@ class Checkpoint(NamedTuple):
     :param python: version of Python that saved it, such as "3.7", if it says so
     :param algorithm: name of the algorithm's class, or "an unknown algorithm"
     :param resume: what :mod:`sb3_klip.resume` added, if anything
+    :param tensors: tensors of the model that are no parameters, which only other algorithms have
+    :param file: what to read the rest from: the path, or the open file
     """
 
     name: str
@@ -77,6 +85,8 @@ class Checkpoint(NamedTuple):
     python: str | None
     algorithm: str
     resume: bytes | None
+    tensors: list[bytes]
+    file: Any
 
     @classmethod
     def read(cls, file: File) -> "Checkpoint":
@@ -97,31 +107,45 @@ class Checkpoint(NamedTuple):
         try:
             with zipfile.ZipFile(opened) as archive:
                 members = archive.namelist()
+                # The weights are zip files themselves, of which the last one is found if the end is missing.
+                if archive.infolist() and min(member.header_offset for member in archive.infolist()) > 0:
+                    raise zipfile.BadZipFile("its beginning belongs to another file than its end")
+                if (broken := archive.testzip()) is not None:
+                    raise ValueError(f"{name} is damaged: the checksum of {broken} in it is wrong")
+                data = json.loads(archive.read("data")) if "data" in members else {}
+                if not isinstance(data, dict):
+                    raise ValueError(f"{name} is no checkpoint of Stable-Baselines3: data in it is a {type(data).__name__}")
                 missing = [member for member in ("data", "policy.pth", "policy.optimizer.pth") if member not in members]
-                if missing:
+                # Others, such as SAC, have files of their own, and are told by their hyperparameters.
+                if missing and _algorithm(data) in (_UNKNOWN, "PPO", "RecurrentPPO", "MaskablePPO"):
                     raise ValueError(
                         f"{name} is no checkpoint of Stable-Baselines3 with an actor-critic policy: "
                         f"it has no {' and no '.join(missing)}, but only {', '.join(sorted(members)) or 'nothing'}"
                     )
-                if (broken := archive.testzip()) is not None:
-                    raise ValueError(f"{name} is damaged: the checksum of {broken} in it is wrong")
-                data = json.loads(archive.read("data"))
                 info = archive.read("system_info.txt").decode() if "system_info.txt" in members else ""
                 resume = archive.read(RESUME) if RESUME in members else None
-        except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                tensors = [archive.read(m) for m in ("pytorch_variables.pth", "tensors.pth") if m in members]
+        except _UNREADABLE as error:
             raise ValueError(f"{name} is not a checkpoint, or was cut off: {error}") from error
         finally:
             if opened is not file:
                 opened.close()
-        if not isinstance(data, dict):
-            raise ValueError(f"{name} is no checkpoint of Stable-Baselines3: data in it is a {type(data).__name__}")
-        if data.get("klip_format", FORMAT) > FORMAT:
+        if (saved_format := data.get("klip_format", FORMAT)) not in range(FORMAT + 1):
             raise ValueError(
-                f"{name} was saved by a newer sb3-klip (klip_format {data['klip_format']}; this one reads up to {FORMAT}). "
+                f"{name} was saved by a newer sb3-klip (klip_format {saved_format}; this one reads up to {FORMAT}). "
                 "Upgrade sb3-klip to load it."
             )
         python = re.search(r"Python: (\d+\.\d+)", info)
-        return cls(name, path, data, python[1] if python else None, _algorithm(data), resume)
+        return cls(
+            name,
+            path,
+            data,
+            python[1] if python else None,
+            _algorithm(data),
+            resume,
+            tensors,
+            path if opened is not file else file,
+        )
 
     def check_algorithm(self, model_class: type[BaseAlgorithm]) -> None:
         """
@@ -131,13 +155,19 @@ class Checkpoint(NamedTuple):
         :raises ValueError: naming what the file is, and what was expected
         """
         expected = base_algorithm(model_class).__name__
-        if self.algorithm != expected:
+        if self.algorithm != expected and not (self.algorithm == "PPO" and self.own_policy):
             ours = {"RecurrentPPO": "KLipRecurrentPPO", "MaskablePPO": "KLipMaskablePPO", "PPO": "KLipPPO"}.get(self.algorithm)
             advice = f"; {ours} does" if ours else ""
             raise ValueError(
                 f"{self.name} is a checkpoint of {self.algorithm}, by the hyperparameters and the policy in it. "
                 f"{model_class.__name__} loads those of {expected}{advice}."
             )
+
+    @property
+    def own_policy(self) -> bool:
+        """Whether the policy is the user's own, which does not tell the variant of PPO."""
+        module = self.data.get("policy_class", {}).get("__module__", "")
+        return module.split(".")[0] not in ("stable_baselines3", "sb3_contrib")
 
     def restore(self, replaced: Iterable[str], trusted: bool) -> tuple[dict[str, Any], dict[str, str]]:
         """
@@ -149,6 +179,8 @@ class Checkpoint(NamedTuple):
         :raises ValueError: if one without which there is no model cannot be restored, or if the file is not trusted and
             holds anything but plain data
         """
+        if missing := [name for name in _NEEDED if name not in self.data and name not in replaced]:
+            raise ValueError(f"{self.name} is not a whole checkpoint: its data has no {' and no '.join(missing)}")
         objects: dict[str, Any] = {name: None for name in (*_DERIVED, *replaced) if name in self.data}
         lost = {}
         for name, item in self.data.items():
@@ -172,13 +204,16 @@ class Checkpoint(NamedTuple):
                 # SB3 would try again. A placeholder, which the model's own default replaces.
                 objects[name] = None
         if not trusted:
+            # SB3 sets these as attributes of whatever the file names; PPO has none.
+            if any(th.load(io.BytesIO(tensors), map_location="cpu", weights_only=True) for tensors in self.tensors):
+                raise ValueError(f"{self.name} is refused, as it is not trusted: its pytorch_variables.pth is not empty")
             # Text in the file must not name a module to import, nor a folder to write to.
-            if isinstance(beta := self.data.get("beta"), str) and ":" in beta and "beta" not in replaced:
+            if isinstance(beta := objects.get("beta", self.data.get("beta")), str) and ":" in beta:
                 raise ValueError(
                     f"{self.name} is refused, as it is not trusted: its coefficient is {beta!r}, which is code to import. "
                     "Give another with beta=…, or load it with trusted=True."
                 )
-            objects.setdefault("tensorboard_log", None)
+            objects.update({name: None for name in ("tensorboard_log", "env") if name in self.data})
         return objects, lost
 
     def fit_spaces(
@@ -263,7 +298,7 @@ def _algorithm(data: Mapping[str, Any]) -> str:
     for part, name in _MODULES.items():
         if f".{part}." in module:
             return name
-    found = next((name for name, key in _SIGNATURES.items() if key in data), "an unknown algorithm")
+    found = next((name for name, key in _SIGNATURES.items() if key in data), _UNKNOWN)
     # A policy of the user's own, which derives from a recurrent one, shows in the state of its rollouts.
     return "RecurrentPPO" if found == "PPO" and "_last_lstm_states" in data else found
 
@@ -277,7 +312,10 @@ def zoo_schedule(value: Any) -> Any:
     # Only here: RL Zoo takes seconds to import.
     from rl_zoo3.utils import SimpleLinearSchedule
 
-    return SimpleLinearSchedule(value.removeprefix("lin_")) if value.startswith("lin_") else None
+    try:
+        return SimpleLinearSchedule(value.removeprefix("lin_")) if value.startswith("lin_") else None
+    except ValueError:
+        return None
 
 
 def restore_schedules(checkpoint: Checkpoint, lost: Iterable[str]) -> tuple[dict[str, Any], str]:
@@ -333,7 +371,8 @@ def run_folder(checkpoint: pathlib.Path | None) -> pathlib.Path | None:
     """
     if checkpoint is None:
         return None
-    if (own := checkpoint.with_suffix("")).is_dir():
+    # A folder of that name on the hub is the zip file, unpacked.
+    if (own := checkpoint.with_suffix("")).is_dir() and not (own / "policy.pth").exists():
         return own
     configs = list(checkpoint.parent.glob("*/config.yml"))
     if len(configs) == 1:
@@ -367,11 +406,12 @@ def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = Tr
     :return: the environments with the statistics
     :raises ValueError: if the file holds anything else, or is refused
     """
+    content = pathlib.Path(path).read_bytes()
     try:
-        statistics = loads(pathlib.Path(path).read_bytes(), trusted=trusted)
+        statistics = loads(content, trusted=trusted)
     except (RefusedError, NotRestorableError) as error:
         raise ValueError(f"{str(path)!r} is refused, as it is not trusted: it names {error}") from error
-    except (pickle.UnpicklingError, EOFError, LookupError) as error:
+    except Exception as error:  # whatever the letters of a text mean to pickle
         raise ValueError(f"{str(path)!r} is not a pickle, or was cut off: {error}") from error
     if not isinstance(statistics, VecNormalize):
         raise ValueError(f"{str(path)!r} holds a {type(statistics).__name__}, and not VecNormalize")
@@ -429,12 +469,29 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
             # Policies from before SB3 1.7 lack the names of the extractor that they share, which SB3 sees to.
             shared = ("pi_features_extractor.", "vf_features_extractor.")
             problems += [f"{key} is not there" for key in own if key not in given and not key.startswith(shared)]
+    problems += _moments_that_do_not_fit(parameters.get("policy.optimizer"), policy)
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
             f"{name} holds the parameters of a policy of another architecture than this {type(policy).__name__}: "
             f"{'; '.join(problems[:4])}{more}. Make the model with the policy and policy_kwargs that the file's had."
         )
+
+
+def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
+    """Problems with the state of an optimizer, whose ``load_state_dict`` looks at none of the shapes."""
+    if not state:
+        return []
+    own = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
+    given = [index for group in state["param_groups"] for index in group["params"]]
+    if len(given) != len(own):
+        return [f"the optimizer has {len(given)} tensors there and {len(own)} here"]
+    return [
+        f"the optimizer's {key} of tensor {index} is {tuple(value.shape)} there and {tuple(parameter.shape)} here"
+        for index, parameter in zip(given, own, strict=True)
+        for key, value in state["state"].get(index, {}).items()
+        if getattr(value, "ndim", 0) and value.shape != parameter.shape
+    ]
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -444,6 +501,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     :param path: file to write; a file that is there is replaced
     :param content: what to write
     """
+    path = pathlib.Path(os.path.realpath(path))  # what a link points to
     # In the same folder: a rename from another file system would be a copy.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

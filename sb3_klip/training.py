@@ -537,7 +537,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             raise ValueError("resume=True needs env, made as that of the interrupted run")
 
         # Those of policy_kwargs are compared with the file's.
-        replaced = {*(custom_objects or {}), *kwargs} - {"policy_kwargs"}
+        replaced = {*(custom_objects or {}), *(kwargs.keys() - {"policy_kwargs"})}
         objects, lost = checkpoint.restore(replaced, trusted)
         schedules, source = restore_schedules(checkpoint, lost)
         defaults = inspect.signature(cls).parameters
@@ -548,7 +548,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
             objects.update(checkpoint.fit_spaces(objects, env.observation_space, env.action_space))
 
-        model = super().load(checkpoint.path or path, env, device, objects, print_system_info, force_reset, **kwargs)
+        model = super().load(checkpoint.file, env, device, objects, print_system_info, force_reset, **kwargs)
         if "beta_kwargs" in kwargs and isinstance(model.beta, str):
             make_beta(model.beta, model.beta_kwargs)  # raises: these parameters are not the file's
         if lost:
@@ -574,6 +574,6 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             checkpoint = Checkpoint.read(load_path_or_dict)
             checkpoint.check_algorithm(type(self))
             name = checkpoint.name
-            _, load_path_or_dict, _ = load_from_zip_file(checkpoint.path or load_path_or_dict, load_data=False, device=device)
+            _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
         check_parameters(load_path_or_dict, self.policy, name, exact_match)
         super().set_parameters(load_path_or_dict, exact_match, device)

@@ -43,7 +43,16 @@ def loads(data: bytes, python: str | None = None, trusted: bool = True) -> Any:
     return (_Unpickler if trusted else _SafeUnpickler)(io.BytesIO(data), python).load()
 
 
-class _Discarded:
+class _AnyAttribute(type):
+    """Classes of it have every attribute: an old pickle looks a constructor of gym's generators up with getattr."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class _Discarded(metaclass=_AnyAttribute):
     """Takes the place of a random generator of a space: the environment brings its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,6 +89,16 @@ _SPACES = {
     space.__name__: _rebuilt(space)
     for space in (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict, spaces.Tuple)
 }
+
+
+def _array(*args: Any) -> None:
+    """Stands for numpy's class of arrays, which may be named but not called: bytes and a dtype of objects make pointers."""
+    raise RefusedError("a call of numpy.ndarray")
+
+
+def _empty_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
+    """What numpy calls for an array, whose content comes as its state."""
+    return np.empty(0, "b")
 
 
 def _load_tensor(data: bytes) -> Any:
@@ -124,8 +143,6 @@ _PLAIN_DATA = {
     "collections.OrderedDict",
     "collections.deque",
     "numpy.dtype",
-    "numpy.ndarray",
-    "numpy._core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.numeric._frombuffer",
     "rl_zoo3.utils.SimpleLinearSchedule",
@@ -139,8 +156,8 @@ _PLAIN_DATA = {
 }
 
 #: Modules of which an untrusted pickle may name classes that derive from the one beside it: making one only fills memory.
-_CLASSES = {
-    "numpy": np.generic,
+_CLASSES: dict[str, Any] = {
+    "numpy": (np.number, np.bool_),
     "sb3_contrib.common.maskable.buffers": object,
     "sb3_contrib.common.maskable.policies": th.nn.Module,
     "sb3_contrib.common.recurrent.buffers": object,
@@ -169,8 +186,12 @@ class _SafeUnpickler(_Unpickler):
 
     def load_build(self) -> None:
         # The state of an object may be set, but no attribute of a class that the whole process shares.
-        if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
-            raise RefusedError(f"a change of {self.stack[-2].__qualname__}")  # type: ignore[attr-defined]
+        changed = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(changed, type):
+            raise RefusedError(f"a change of {changed.__qualname__}")
+        # A dtype can be told that its objects are plain bytes, which makes pointers of the bytes in the file.
+        if isinstance(changed, np.dtype) and changed.kind not in "biufcSU":
+            raise RefusedError(f"numpy.dtype {changed}")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
@@ -190,6 +211,10 @@ class _SafeUnpickler(_Unpickler):
             module = module.replace("numpy.core", "numpy._core", 1)
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _load_tensor
+        if (module, name) == ("numpy", "ndarray"):
+            return _array
+        if (module, name) == ("numpy._core.multiarray", "_reconstruct"):
+            return _empty_array
         # Only modules that are listed are imported, and a dotted name could reach what a listed module has imported.
         known = module in _CLASSES or module.startswith("torch.optim.") or f"{module}.{name}" in _PLAIN_DATA
         if known and "." not in name:

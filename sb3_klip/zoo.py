@@ -28,7 +28,7 @@ from sb3_klip.klip_ppo import KLipPPO
 from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
 from sb3_klip.search import SEARCH, converting, searching
 from sb3_klip.training import make_beta
-from sb3_klip.zoo_agents import patch, read_resumed
+from sb3_klip.zoo_agents import keep_statistics, patch, read_resumed
 
 #: Our algorithms in RL Zoo, each with the zoo's algorithm whose hyperparameters and sampler it takes.
 ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str]] = {
@@ -59,36 +59,47 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
         if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
+        default = "step"
         if self.continue_training:
             checkpoint = Checkpoint.read(self.trained_agent)
             checkpoint.check_algorithm(ALGORITHMS[self.algo][0])
+            default = checkpoint.data.get("beta", default)
+            keep_statistics(self, hyperparams, saved_hyperparams)
         if (resumed := read_resumed(self, hyperparams)) is not None:
             return dict(resumed), resumed
-        # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
-        sampler = HYPERPARAMS_SAMPLER[ALGORITHMS[self.algo][1]]
-        search = hyperparams.get("beta") == SEARCH
-        HYPERPARAMS_SAMPLER[self.algo] = searching(sampler) if search else sampler  # type: ignore[assignment]
-        if search:
-            if not self.optimize_hyperparameters:
-                raise ValueError("beta='search' is for --optimize-hyperparameters; to train, name a coefficient")
-            if "beta_kwargs" in hyperparams:
-                raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
-            del hyperparams["beta"]
-            return hyperparams, saved_hyperparams
-        if isinstance(text := hyperparams.get("beta_kwargs"), str):
-            # As the zoo does with policy_kwargs: "dict(width=0.1)"
-            try:
-                hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
-            except Exception as error:
-                raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
-        # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
-        if not self.continue_training or "beta" in hyperparams or "beta_kwargs" in hyperparams:
-            default = checkpoint.data.get("beta", "step") if self.continue_training else "step"
-            coefficient = make_beta(hyperparams.get("beta", default), hyperparams.get("beta_kwargs"))
-            saved_hyperparams["beta"], saved_hyperparams["beta_kwargs"] = coefficient.name, dict(coefficient.parameters)
+        if not _searches_beta(self, hyperparams):
+            _evaluate_beta_kwargs(hyperparams)
+            # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
+            if not self.continue_training or "beta" in hyperparams or "beta_kwargs" in hyperparams:
+                coefficient = make_beta(hyperparams.get("beta", default), hyperparams.get("beta_kwargs"))
+                saved_hyperparams["beta"], saved_hyperparams["beta_kwargs"] = coefficient.name, dict(coefficient.parameters)
         return hyperparams, saved_hyperparams
 
     return wrapper
+
+
+def _searches_beta(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
+    """Whether the tuner is to choose the coefficient; if so, it takes its place among the samplers."""
+    # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
+    sampler = HYPERPARAMS_SAMPLER[ALGORITHMS[manager.algo][1]]
+    search = hyperparams.get("beta") == SEARCH
+    HYPERPARAMS_SAMPLER[manager.algo] = searching(sampler) if search else sampler  # type: ignore[assignment]
+    if search:
+        if not manager.optimize_hyperparameters:
+            raise ValueError("beta='search' is for --optimize-hyperparameters; to train, name a coefficient")
+        if "beta_kwargs" in hyperparams:
+            raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
+        del hyperparams["beta"]
+    return search
+
+
+def _evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
+    """As the zoo does with policy_kwargs: "dict(width=0.1)"."""
+    if isinstance(text := hyperparams.get("beta_kwargs"), str):
+        try:
+            hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
+        except Exception as error:
+            raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
 
 
 def _zoo_hyperparams() -> Path:

@@ -1,7 +1,9 @@
 """RL Zoo with trained agents: training one further, resuming a run that was killed, evaluating agents from the days of gym."""
 
 import functools
+import importlib
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ def patch(ours: Mapping[str, str]) -> None:
             setattr(owner, name, wrapper(original, ours))
     # create_test_env looks it up there, and uses nothing but load.
     utils.VecNormalize = _VecNormalizeOfAnyAge  # type: ignore[misc]
+    # rl_zoo3.push_to_hub 2.9.2 imports a name that the integration's later versions have made private.
+    hub = importlib.import_module("huggingface_sb3.push_to_hub")
+    if not hasattr(hub, "generate_metadata"):
+        hub.generate_metadata = lambda *args: hub._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
 
 
 class _VecNormalizeOfAnyAge(VecNormalize):
@@ -71,11 +77,27 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
     file, resumed = config
     print(f"Resuming with the hyperparameters of the interrupted run: {file}")
     arguments = read_zoo_yaml(file.with_name("args.yml"))
-    manager.seed = arguments["seed"]
-    manager.env_kwargs = manager.env_kwargs or arguments.get("env_kwargs") or {}
+    if (env_id := arguments.get("env", manager.env_name.gym_id)) != manager.env_name.gym_id:
+        raise ValueError(f"{checkpoint.name} is of a run on {env_id}, which cannot be resumed on {manager.env_name.gym_id}")
+    # They are written to the args.yml of this run, so that it can be resumed in turn.
+    manager.seed = manager.args.seed = arguments.get("seed", manager.seed)
+    manager.env_kwargs = manager.args.env_kwargs = manager.env_kwargs or arguments.get("env_kwargs") or {}
+    manager.eval_env_kwargs = arguments.get("eval_env_kwargs") or manager.env_kwargs
     if manager.n_timesteps <= 0:
         manager.n_timesteps = checkpoint.data["_total_timesteps"]
     return resumed
+
+
+def keep_statistics(manager: ExperimentManager, *hyperparams: dict[str, Any]) -> None:
+    """
+    Where an agent has statistics, its further training has them too, and saves them, as its ``config.yml`` says.
+
+    :param manager: RL Zoo's manager
+    :param hyperparams: the hyperparameters, in which ``normalize`` is set
+    """
+    if statistics_file(Path(manager.trained_agent)) is not None:
+        for each in hyperparams:
+            each["normalize"] = each.get("normalize") or True
 
 
 def _resumable_checkpoints(create_callbacks: Callable[..., None], ours: Collection[str]) -> Callable[..., None]:
@@ -148,6 +170,12 @@ def _reporting(load_pretrained_agent: Callable[..., BaseAlgorithm], ours: Collec
     return wrapper
 
 
+def _publishing() -> bool:
+    """Whether this is the script that uploads an agent, which should not go under another algorithm's name."""
+    script = getattr(sys.modules["__main__"], "__spec__", None)
+    return script is not None and script.name == "rl_zoo3.push_to_hub"
+
+
 def _or_base_agent(get_model_path: Callable[..., Any], ours: Mapping[str, str]) -> Callable[..., Any]:
     """Where there is no agent of ours for an environment, the zoo's own, which our algorithms load as well."""
 
@@ -158,7 +186,7 @@ def _or_base_agent(get_model_path: Callable[..., Any], ours: Mapping[str, str]) 
         except (AssertionError, ValueError) as error:
             base = ours.get(algo)
             # With agents of ours there, it was one of them that could not be found.
-            if base is None or get_latest_run_id(os.path.join(folder, algo), env_name) > 0:
+            if base is None or _publishing() or get_latest_run_id(os.path.join(folder, algo), env_name) > 0:
                 raise
             try:
                 found = get_model_path(exp_id, folder, base, env_name, *args, **kwargs)
