@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.distributions import Distribution
+from torch.optim.adam import adam
 
 from sb3_klip.errors import did_you_mean
 
@@ -141,18 +142,18 @@ class _OneTensor:
         for parameter in parameters:
             self.starts.append(self.starts[-1] + -(-parameter.numel() // _LINE) * _LINE)
 
-        flat = th.nn.Parameter(self._gather(parameters))
-        self.flat = flat
-        self.gradient = flat.grad = th.zeros_like(flat)
+        self.flat = self._gather(parameters)
+        self.gradient = th.zeros_like(self.flat)
         self.gradients = self._views(self.gradient)
-        # torch's own, with the settings of the policy's.
-        self.adam = type(optimizer)([flat])  # type: ignore[call-arg]
-        self.adam.param_groups[0].update({**optimizer.param_groups[0], "params": [flat], "fused": fused or None})
-        if optimizer.state:
-            states = [optimizer.state[parameter] for parameter in parameters]
-            averages = {name: self._gather([state[name] for state in states]) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[flat] = {"step": states[0]["step"].clone(), **averages}
-        for parameter, view in zip(parameters, self._views(flat.detach()), strict=True):
+        states = [optimizer.state.get(parameter) for parameter in parameters]
+        self.steps = th.zeros(()) if states[0] is None else states[0]["step"].clone()
+        self.averages = {
+            name: self._gather(
+                [th.zeros_like(p) if state is None else state[name] for p, state in zip(parameters, states, strict=True)]
+            )
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        for parameter, view in zip(parameters, self._views(self.flat), strict=True):
             parameter.data = view
 
     def _views(self, flat: th.Tensor) -> list[th.Tensor]:
@@ -170,24 +171,44 @@ class _OneTensor:
         for parameter in self.parameters:
             parameter.grad = None
 
+    @th.no_grad()
     def step(self, max_grad_norm: float) -> th.Tensor:
-        """Clip the gradient and step; the norm is that of the parameters' norms, as in ``clip_grad_norm_``."""
+        """Clip the gradient and step, in the arithmetic of ``clip_grad_norm_`` and of torch's Adam."""
         gradients: list[Any] = [parameter.grad for parameter in self.parameters]
         th._foreach_copy_(self.gradients, gradients)
-        norm = th.nn.utils.get_total_norm([self.gradient] if self.fused else gradients, foreach=True)
-        th.nn.utils.clip_grads_with_norm_([self.flat], max_grad_norm, norm, foreach=False)
-        self.adam.step()
+        # Rounded as the norm of the parameters' norms, if it is to have the same bits.
+        norm = th.linalg.vector_norm(self.gradient if self.fused else th.stack(th._foreach_norm(gradients)))
+        self.gradient.mul_((max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        group = self.optimizer.param_groups[0]
+        # torch's function, without what its class does around it for the sake of its other uses.
+        adam(
+            [self.flat],
+            [self.gradient],
+            [self.averages["exp_avg"]],
+            [self.averages["exp_avg_sq"]],
+            [],
+            [self.steps],
+            foreach=False,
+            fused=self.fused,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
         return norm
 
     def leave(self) -> None:
         """Give each parameter, and its state in the optimizer, a memory of its own again."""
-        for parameter, view in zip(self.parameters, self._views(self.flat.detach()), strict=True):
+        averages = {name: self._views(flat) for name, flat in self.averages.items()}
+        for position, (parameter, view) in enumerate(zip(self.parameters, self._views(self.flat), strict=True)):
             parameter.data = view.clone()
-        if state := self.adam.state[self.flat]:
-            averages = {name: self._views(state[name]) for name in ("exp_avg", "exp_avg_sq")}
-            for position, parameter in enumerate(self.parameters):
+            if self.steps > 0:
                 own = {name: views[position].clone() for name, views in averages.items()}
-                self.optimizer.state[parameter] = {"step": state["step"].clone(), **own}
+                self.optimizer.state[parameter] = {"step": self.steps.clone(), **own}
 
 
 @contextmanager
@@ -281,7 +302,12 @@ def compiled(loss: Callable[..., Any], options: bool | dict[str, Any]) -> Callab
     :param loss: the function
     :param options: arguments of ``torch.compile``, or True for none
     """
-    return th.compile(loss, **({} if options is True else dict(options)))  # type: ignore[arg-type]
+    # Its first use in a process switches the validation of distributions off for all programs in it.
+    checked = Distribution._validate_args
+    try:
+        return th.compile(loss, **({} if options is True else dict(options)))  # type: ignore[arg-type]
+    finally:
+        Distribution.set_default_validate_args(checked)
 
 
 def check_compile(options: bool | dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The update and the rollouts take less time than SB3's, and do the same arithmetic; compiled, nearly the same."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -288,6 +290,17 @@ def test_without_a_compiler_it_is_refused_at_construction() -> None:
         with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
             KLipPPO("MlpPolicy", "CartPole-v1", compile=True)
         KLipPPO("MlpPolicy", "CartPole-v1", compile=QUICK)
+
+
+def test_compiling_leaves_other_programs_their_validation() -> None:
+    """In a process of its own, as torch switches it off once."""
+    code = """
+from torch.distributions import Distribution
+from sb3_klip import KLipPPO
+KLipPPO("MlpPolicy", "CartPole-v1", n_steps=64, compile={"backend": "aot_eager"}, device="cpu").learn(64)
+assert Distribution._validate_args is True
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 class Graphs(BaseCallback):
