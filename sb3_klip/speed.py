@@ -12,7 +12,6 @@ from stable_baselines3.common.distributions import CategoricalDistribution, Diag
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
-from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.distributions import Distribution
 from torch.optim.adam import adam
 
@@ -336,6 +335,9 @@ def check_compile(options: bool | dict[str, Any]) -> None:
             f"compile's backend={backend!r} must be one of {', '.join(backends)}.{did_you_mean(backend, backends)}"
         )
     if backend == "inductor":
+        # Only here: importing torch's compiler takes time and memory.
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
         try:
             get_cpp_compiler()
         except Exception as error:
