@@ -207,13 +207,13 @@ class Checkpoint(NamedTuple):
             # SB3 sets these as attributes of whatever the file names; PPO has none.
             if any(th.load(io.BytesIO(tensors), map_location="cpu", weights_only=True) for tensors in self.tensors):
                 raise ValueError(f"{self.name} is refused, as it is not trusted: its pytorch_variables.pth is not empty")
-            # Text in the file must not name a module to import, nor a folder to write to.
+            # Text in the file must not name a module to import, a folder to write to or a program to compile with.
             if isinstance(beta := objects.get("beta", self.data.get("beta")), str) and ":" in beta:
                 raise ValueError(
                     f"{self.name} is refused, as it is not trusted: its coefficient is {beta!r}, which is code to import. "
                     "Give another with beta=…, or load it with trusted=True."
                 )
-            objects.update({name: None for name in ("tensorboard_log", "env") if name in self.data})
+            objects.update({name: None for name in ("tensorboard_log", "env", "compile") if name in self.data})
         return objects, lost
 
     def fit_spaces(

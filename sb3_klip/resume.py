@@ -94,10 +94,10 @@ def _vec_layers(env: VecEnv) -> list[VecEnv]:
     return layers
 
 
-def _env_layers(env: DummyVecEnv) -> list[gym.Env]:
-    """The wrappers of each environment, from the outside, and then the environment."""
+def _env_layers(env: VecEnv) -> list[gym.Env]:
+    """The wrappers of each environment in this process, from the outside, and then the environment."""
     layers: list[gym.Env] = []
-    for layer in env.envs:
+    for layer in getattr(env, "envs", ()):
         while isinstance(layer, gym.Wrapper):
             layers.append(layer)
             layer = layer.env
@@ -137,6 +137,14 @@ def _pack(layers: Sequence[Any], all_layers: Sequence[Any]) -> bytes:
     return file.getvalue()
 
 
+def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) -> tuple[bytes | None, str]:
+    """What layers hold, or else why it cannot be read."""
+    try:
+        return _pack(layers, all_layers), ""
+    except Exception as error:  # whatever an object may raise that cannot be pickled
+        return None, f"the state of {name} cannot be read ({type(error).__name__}: {error})"
+
+
 def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> None:
     """Put everything back into layers."""
     for layer, state in zip(layers, _Unpickler(io.BytesIO(data), all_layers).load(), strict=True):
@@ -152,14 +160,14 @@ class EnvState(NamedTuple):
     State of vectorized environments.
 
     :param layers: names of the wrappers and environments that it is of
-    :param wrappers: what the wrappers of the vectorized environments hold
-    :param episodes: what the environments hold, in the middle of their episodes; None if that cannot be read
+    :param wrappers: what each wrapper of the vectorized environments holds; None if that cannot be read
+    :param episodes: what the environments hold, in the middle of their episodes; None if that, or a wrapper, cannot be read
     :param problem: why not
     :param generators: then, the random generators of the environments in this process
     """
 
     layers: list[str]
-    wrappers: bytes
+    wrappers: list[bytes | None]
     episodes: bytes | None
     problem: str = ""
     generators: Sequence[np.random.Generator] = ()
@@ -175,17 +183,19 @@ class EnvState(NamedTuple):
         :param env: the environments, between two steps
         """
         *wrappers, base = _vec_layers(env)
-        if not isinstance(base, DummyVecEnv):
-            problem = f"the environments of a {type(base).__name__} are in other processes"
-            return cls(_names([*wrappers, base]), _pack(wrappers, [*wrappers, base]), None, problem)
         inner = [base, *_env_layers(base)]
         layers = [*wrappers, *inner]
-        packed = _pack(wrappers, layers)
-        try:
-            return cls(_names(layers), packed, _pack(inner, layers))
-        except Exception as error:  # whatever an object may raise that cannot be pickled
-            problem = f"the state of {inner[-1]!s} cannot be read ({type(error).__name__}: {error})"
-            return cls(_names(layers), packed, None, problem, [each.unwrapped.np_random for each in base.envs])
+        # The environments together, as they may share things; each wrapper by itself, so that one that cannot be read does not
+        # cost the statistics of another.
+        read = [_try_to_pack([wrapper], layers, type(wrapper).__name__) for wrapper in wrappers]
+        episodes, problem = _try_to_pack(inner, layers, str(inner[-1]))
+        if not isinstance(base, DummyVecEnv):
+            problem = f"the environments of a {type(base).__name__} are not in this process"
+        problem = next((wrong for _, wrong in read if wrong), problem)
+        state = cls(_names(layers), [packed for packed, _ in read], episodes, problem)
+        if not problem:
+            return state
+        return state._replace(episodes=None, generators=[each.unwrapped.np_random for each in getattr(base, "envs", ())])
 
     def restore(self, env: VecEnv) -> bool:
         """
@@ -196,14 +206,16 @@ class EnvState(NamedTuple):
         :raises ValueError: if the environments are not wrapped in the same way, or not as many
         """
         *wrappers, base = _vec_layers(env)
-        inner = [base, *_env_layers(base)] if isinstance(base, DummyVecEnv) else [base]
+        inner = [base, *_env_layers(base)]
         layers = [*wrappers, *inner]
         if _names(layers) != self.layers:
             raise ValueError(
                 "env must be made in the same way as that of the run to resume, with the same wrappers and as many "
                 f"environments: it is {' > '.join(_names(layers))}, and was {' > '.join(self.layers)}"
             )
-        _unpack(self.wrappers, wrappers, layers)
+        for wrapper, state in zip(wrappers, self.wrappers, strict=True):
+            if state is not None:
+                _unpack(state, [wrapper], layers)
         if self.episodes is None:
             base._reset_seeds()  # or the next reset would seed the generators again
             for each, generator in zip(getattr(base, "envs", ()), self.generators, strict=False):

@@ -21,7 +21,7 @@ Step = Callable[[th.Tensor], th.Tensor]
 
 #: Numbers per cache line of 64 bytes. Matrix products may round differently on memory that begins elsewhere.
 _LINE = 16
-#: Above this many numbers, arithmetic takes the time, and not the calls; one tensor would only cost memory.
+#: Above this many numbers, arithmetic takes the time, and not the calls: fewer of them would only cost memory.
 _LARGE = 500_000
 
 
@@ -67,7 +67,7 @@ def stepping(
             one = None
         if one is not None:
             return one.step(max_grad_norm)
-        norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
+        norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
         return norm
 
@@ -89,7 +89,10 @@ def _fewer_calls(optimizer: th.optim.Optimizer, how: str) -> Iterator[None]:
     :param optimizer: its groups are as before afterwards, so that they are saved as they were
     :param how: "foreach", whose arithmetic is the same, or "fused", whose arithmetic is not
     """
-    groups = [g for g in optimizer.param_groups if _is_plain_adam(optimizer) and g["foreach"] is None and not g["fused"]]
+    if not _is_plain_adam(optimizer) or (how == "foreach" and _is_large(optimizer)):
+        yield
+        return
+    groups = [group for group in optimizer.param_groups if group["foreach"] is None and not group["fused"]]
     before = [group[how] for group in groups]
     for group in groups:
         group[how] = True
@@ -102,6 +105,10 @@ def _fewer_calls(optimizer: th.optim.Optimizer, how: str) -> Iterator[None]:
 
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     return type(optimizer) in (th.optim.Adam, th.optim.AdamW)
+
+
+def _is_large(optimizer: th.optim.Optimizer) -> bool:
+    return sum(p.numel() for group in optimizer.param_groups for p in group["params"]) > _LARGE
 
 
 def _can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
@@ -120,7 +127,7 @@ def _can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn
     states = [optimizer.state.get(p, {}) for p in parameters]
     # All have taken the same number of steps, or none has taken any.
     steps = {float(state["step"]) if state else 0.0 for state in states}
-    return plain and sum(p.numel() for p in parameters) <= _LARGE and len(steps) == 1
+    return plain and not _is_large(optimizer) and len(steps) == 1
 
 
 class _OneTensor:

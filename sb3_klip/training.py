@@ -31,7 +31,7 @@ from sb3_klip.divergence import CLOSED_FORM
 from sb3_klip.errors import did_you_mean
 from sb3_klip.resume import Boundary, continue_counting, read_generators, read_state, restore_state, set_generators
 from sb3_klip.rollout import PolicySnapshot, episode_positions, indexed_minibatches, padded
-from sb3_klip.speed import Step, compiled, plain_forward, stepping, unchecked_distributions
+from sb3_klip.speed import Step, check_compile, compiled, plain_forward, stepping, unchecked_distributions
 from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
 
 SelfPerSampleKL = TypeVar("SelfPerSampleKL", bound="PerSampleKLTraining")
@@ -417,7 +417,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.compile:
-            self._compiled_loss = compiled(self._compilable_loss, self.compile)
+            self._compile()
         if isinstance(self.beta, Coefficient):
             coefficient = self.beta
         else:  # a name and parameters, as they stand in a file
@@ -441,6 +441,16 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
                 f"which is not known for the policy's {type(action_dist).__name__}. "
                 "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
             )
+
+    def _compile(self) -> None:
+        """Compile the loss, if that can be done here; the constructor has seen to it, but a file may be from elsewhere."""
+        try:
+            check_compile(self.compile)
+        except Exception as error:
+            warnings.warn(f"The update is not compiled, as that of the saved model was: {error}", stacklevel=4)
+            self.compile = False
+        else:
+            self._compiled_loss = compiled(self._compilable_loss, self.compile)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_boundary", "_resuming", "_compiled_loss"]

@@ -21,7 +21,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, ResumableCheckpointCallback, resume
 
@@ -176,12 +176,27 @@ def subprocesses() -> VecEnv:
     return VecNormalize(make_vec_env("CartPole-v1", 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}))
 
 
+class OpaqueVecEnv(VecEnvWrapper):
+    """A wrapper that cannot be read."""
+
+    def __init__(self, venv: VecEnv):
+        super().__init__(venv)
+        self.handle = (each for each in ())
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
 @pytest.mark.parametrize(
     ("make_env", "reason"),
     [
+        (lambda: OpaqueVecEnv(make("CartPole-v1")()), "the state of OpaqueVecEnv cannot be read"),
         (make("LunarLander-v3"), "LunarLander.*SwigPyObject"),
         (opaque, "cannot pickle 'generator' object"),
-        (subprocesses, "the environments of a SubprocVecEnv are in other processes"),
+        (subprocesses, "the environments of a SubprocVecEnv are not in this process"),
     ],
 )
 def test_where_an_environment_cannot_be_restored_an_episode_begins(

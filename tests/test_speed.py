@@ -292,6 +292,17 @@ def test_without_a_compiler_it_is_refused_at_construction() -> None:
         KLipPPO("MlpPolicy", "CartPole-v1", compile=QUICK)
 
 
+def test_where_it_cannot_be_compiled_a_saved_model_trains_anyhow(tmp_path: Any) -> None:
+    KLipPPO("MlpPolicy", "CartPole-v1", compile=True, device="cpu", **SMALL).save(tmp_path / "model")
+    with (
+        th._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)}),
+        pytest.warns(UserWarning, match="The update is not compiled, as that of the saved model was: .* C\\+\\+ compiler"),
+    ):
+        model = KLipPPO.load(tmp_path / "model", env=gym.make("CartPole-v1"))
+    assert model.compile is False
+    model.learn(100)
+
+
 def test_compiling_leaves_other_programs_their_validation() -> None:
     """In a process of its own, as torch switches it off once."""
     code = """
