@@ -27,6 +27,7 @@ from sb3_klip.errors import did_you_mean
 from sb3_klip.klip_ppo import KLipPPO
 from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
 from sb3_klip.search import SEARCH, converting, searching
+from sb3_klip.speed import check_compile
 from sb3_klip.training import make_beta
 from sb3_klip.zoo_agents import keep_statistics, patch, read_resumed
 
@@ -67,6 +68,7 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
             keep_statistics(self, hyperparams, saved_hyperparams)
         if (resumed := read_resumed(self, hyperparams)) is not None:
             return dict(resumed), resumed
+        check_compile(hyperparams.get("compile", False))
         if not _searches_beta(self, hyperparams):
             _evaluate_beta_kwargs(hyperparams)
             # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
