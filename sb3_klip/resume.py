@@ -352,10 +352,10 @@ class ResumableCheckpointCallback(CheckpointCallback):
             self._save()
 
     def _on_training_end(self) -> None:
-        between_rollouts = self.model._boundary is not None and self.model._boundary.num_timesteps == self.model.num_timesteps
-        # An interrupted run may end anywhere.
-        if between_rollouts and self.n_calls // self.save_freq > self.saved:
-            self._save()
+        # RL Zoo calls this also if training has not begun; and one that was interrupted may have ended anywhere.
+        boundary = getattr(getattr(self, "model", None), "_boundary", None)
+        if boundary is not None and boundary.num_timesteps == self.model.num_timesteps:
+            self._on_rollout_start()
 
     def _save(self) -> None:
         self.saved = self.n_calls // self.save_freq

@@ -333,6 +333,12 @@ def test_the_callback_refuses_at_the_start(tmp_path: Path) -> None:
         )
 
 
+def test_the_end_of_a_training_that_has_not_begun(tmp_path: Path) -> None:
+    """RL Zoo calls it then, and an error would hide the one for which training did not begin."""
+    ResumableCheckpointCallback(1, str(tmp_path)).on_training_end()
+    assert not list(tmp_path.iterdir())
+
+
 def example(folder: Path) -> subprocess.Popen[bytes]:
     """The example, which goes on from the last checkpoint in a folder."""
     script = Path(__file__).parent.parent / "examples" / "resume.py"

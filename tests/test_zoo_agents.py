@@ -413,7 +413,7 @@ def test_an_agent_with_another_action_space(tmp_path):
             super().__init__(gym.make("CartPole-v1"))
             self.action_space = spaces.Discrete(3)
 
-    gym.register("OtherActions-v0", entry_point=OtherActions)
+    gym.register("OtherActions-v0", entry_point=lambda: OtherActions())
     try:
         with pytest.raises(ValueError, match=r"action_space is Discrete\(2\), and that of env is Discrete\(3\)"):
             train_here("--env", "OtherActions-v0", *RUN, *SILENT, "-i", "agent.zip", cwd=tmp_path)

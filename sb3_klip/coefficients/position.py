@@ -6,7 +6,7 @@ from typing import Any
 import torch as th
 
 from sb3_klip.coefficients.base import Coefficient, GateFunction, make, register
-from sb3_klip.coefficients.parameters import NonNegative, Positive
+from sb3_klip.coefficients.parameters import NonNegative, Positive, everywhere
 
 
 class Scaled(Coefficient):
@@ -94,4 +94,5 @@ def episode_strength(
     :param horizon: in steps
     :return: factor on the gate (and weight) of ``base``
     """
-    return start + (end - start) * (position / horizon).clamp(max=1)
+    first, last = everywhere(start, position), everywhere(end, position)
+    return first + (last - first) * (position / horizon).clamp(max=1)
