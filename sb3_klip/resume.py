@@ -6,6 +6,7 @@ beside the model, every random generator, the environments in the middle of thei
 observations. All of that has one well-defined value between two rollouts, which is when it is read and put back.
 """
 
+import importlib.metadata
 import io
 import os
 import pathlib
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import cloudpickle
 import gymnasium as gym
 import numpy as np
-import stable_baselines3 as sb3
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
@@ -70,20 +70,13 @@ def set_generators(state: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """What the bits of a run depend on, beside its state."""
-    found = {
+    packages = ("stable-baselines3", "torch", "numpy", "gymnasium", "mujoco")
+    return {
         "Python": platform.python_version(),
-        "Stable-Baselines3": sb3.__version__,
-        "torch": str(th.__version__),
+        **{package: importlib.metadata.version(package) for package in packages},
         "torch threads": str(th.get_num_threads()),
-        "numpy": np.__version__,
-        "gymnasium": gym.__version__,
         "processor": platform.machine(),
     }
-    try:
-        import mujoco
-    except ImportError:  # pragma: no cover - a dependency, but not of every environment
-        return found
-    return {**found, "mujoco": mujoco.__version__}
 
 
 def _vec_layers(env: VecEnv) -> list[VecEnv]:

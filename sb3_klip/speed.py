@@ -1,4 +1,4 @@
-"""Ways of doing the same arithmetic in less time: an update that uses them has the same bits."""
+"""Ways of doing the same arithmetic in less time, with the same bits; and the compiled update, whose bits differ."""
 
 import inspect
 import math
