@@ -226,9 +226,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         value_loss = self._value_loss(rollout_data.returns, values, mask)
 
         # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
-        entropy = -log_prob if entropy is None else entropy
-        # A gradient of zero changes nothing, and takes time.
-        entropy_loss = -masked_mean(entropy if self.ent_coef else entropy.detach(), mask)
+        entropy_loss = -masked_mean(-log_prob if entropy is None else entropy, mask)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
         terms = terms._replace(loss=terms.loss.detach())
         return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach())

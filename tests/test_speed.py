@@ -56,6 +56,18 @@ class UnusedLayer(ActorCriticPolicy):
         super()._build(lr_schedule)
 
 
+class OwnEntropy(ActorCriticPolicy):
+    """Has a parameter that only the entropy depends on, so that its gradient is zero where the entropy has no weight."""
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.bonus = th.nn.Parameter(th.ones(()))
+        super()._build(lr_schedule)
+
+    def evaluate_actions(self, obs: th.Tensor, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values, log_prob, entropy * self.bonus
+
+
 class Scheduled(ActorCriticPolicy):
     """Has a scheduler of torch, which counts the optimizer's steps."""
 
@@ -98,6 +110,7 @@ def optimizer(kind: type = th.optim.Adam, **kwargs: Any) -> dict[str, Any]:
         ("MlpPolicy", optimizer(betas=(0.8, 0.9), eps=1e-3)),
         ("MlpPolicy", {"max_grad_norm": 0.01}),
         ("MlpPolicy", {"target_kl": 0.001, "n_epochs": 5}),
+        (OwnEntropy, optimizer(weight_decay=0.01)),
     ],
 )
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
