@@ -389,6 +389,8 @@ def test_a_checkpoint_of_ppo_can_be_trained_further(train_here):
             TypeError,
             "width of 'gates:ramp' must be a number.*'wide'",
         ),
+        (["compile:dict(bakend='eager')"], TypeError, r"'bakend', which is not .* Did you mean 'backend'\?"),
+        (["compile:3"], TypeError, "compile must be True, False or a dict"),
         (["beta_kwargs:[1]"], TypeError, r"beta_kwargs must be a dict.*\[1\]"),
         (["beta_kwargs:'3'"], TypeError, "beta_kwargs must be a dict.*3"),
         (["beta_kwargs:'dict(width='"], ValueError, r"beta_kwargs must be a dict.*'dict\(width='"),
@@ -399,6 +401,13 @@ def test_bad_coefficients_are_refused_before_anything_is_made(train_here, tmp_pa
     with pytest.raises(error, match=message):
         train_here("-params", *parameters)
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["gates.py"]
+
+
+def test_compile_is_a_hyperparameter(train_here):
+    folder = train_here("-params", *SMALL_UPDATE, "compile:{'backend': 'aot_eager'}")
+    assert config(folder)["compile"] == {"backend": "aot_eager"}
+    (path,) = folder.glob("*.zip")
+    assert KLipPPO.load(path).compile == {"backend": "aot_eager"}
 
 
 def test_a_typo_on_the_command_line(tmp_path):
