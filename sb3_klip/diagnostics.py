@@ -7,6 +7,9 @@ import torch as th
 from sb3_klip.partition import partition
 from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, per_sample_beta
 
+#: Percentiles of β that are logged, as ``beta_p01`` and so on.
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+
 
 class Minibatch(NamedTuple):
     """
@@ -127,6 +130,7 @@ class UpdateLog:
         epoch["entropy_loss"] = th.stack([m.entropy_loss for m in self.minibatches]).sum()
         epoch["beta_abs_max"] = beta.abs().max()
         self._last_policy_loss = policy_loss[-int(sizes[-1]) :].mean()
+        self._last_beta = beta
         self._epochs.append(epoch)
         self._counts.append(len(self.minibatches))
 
@@ -134,8 +138,8 @@ class UpdateLog:
         """
         Read the diagnostics.
 
-        As in SB3, ``approx_kl`` is that of the last epoch and ``loss`` that of the last minibatch; all else is a mean over
-        the minibatches of the update.
+        As in SB3, ``approx_kl`` is that of the last epoch and ``loss`` that of the last minibatch. The percentiles of β are
+        those of the last epoch, too; all else is a mean over the minibatches of the update.
 
         :param ent_coef: entropy coefficient
         :param vf_coef: value function coefficient
@@ -150,6 +154,8 @@ class UpdateLog:
         logs["beta_abs_max"] = max(row[names.index("beta_abs_max")] for row in table)
         last = self.minibatches[-1]
         losses = th.stack([self._last_policy_loss, last.entropy_loss, last.value_loss])
-        policy_loss, entropy_loss, value_loss = losses.tolist()
+        levels = th.tensor(PERCENTILES, dtype=losses.dtype, device=losses.device) / 100
+        policy_loss, entropy_loss, value_loss, *quantiles = th.cat([losses, self._last_beta.quantile(levels)]).tolist()
         logs["loss"] = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
+        logs.update((f"beta_p{level:02}", value) for level, value in zip(PERCENTILES, quantiles, strict=True))
         return logs

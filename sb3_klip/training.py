@@ -241,7 +241,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     def _end_update(self, update: Update, log: UpdateLog) -> None:
         """Write the log, and let the coefficient learn from how far the policy went."""
         for key, value in log.summary(self.ent_coef, self.vf_coef).items():
-            self.logger.record(f"train/{key}", value)
+            # The percentiles are for plots; on the terminal they would double the length of the table.
+            self.logger.record(f"train/{key}", value, exclude="stdout" if key.startswith("beta_p") else None)
         if update.coefficient.learns or self.log_kl:
             kl = self._rollout_kl(update.snapshot)
             update.coefficient.end_update(kl)
