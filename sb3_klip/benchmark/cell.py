@@ -1,0 +1,214 @@
+"""One cell of a suite: a single training by RL Zoo, in a folder of its own, from its command to its result."""
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from sb3_klip.benchmark.results import Result, read_episodes, summarize, write_result
+from sb3_klip.checkpoint import write_atomically
+
+#: Packages whose versions decide the numbers.
+PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
+#: Lines of its log that are shown of a cell that failed.
+LOG_LINES = 12
+
+
+class CellFailed(RuntimeError):
+    """A training that did not come to its end; the message has the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One training.
+
+    :param task: id of the environment
+    :param method: name of the method, in the suite
+    :param seed: random seed
+    :param algo: RL Zoo's name of the algorithm
+    :param conf: module or file of the hyperparameters, as for ``rl_zoo3.train --conf-file``
+    :param timesteps: length of the training
+    :param override: whether ``timesteps`` is not that of the hyperparameters
+    :param hyperparams: the method's own hyperparameters, laid over those
+    """
+
+    task: str
+    method: str
+    seed: int
+    algo: str
+    conf: str
+    timesteps: int
+    override: bool = False
+    hyperparams: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Where the cell stands below ``runs`` and ``results``."""
+        return f"{self.task}/{self.method}/seed-{self.seed}"
+
+    def result(self, folder: Path) -> Path:
+        """File that exists once the cell is finished."""
+        return folder / "results" / f"{self.name}.csv"
+
+    def run(self, folder: Path) -> Path:
+        """Folder of the run, which RL Zoo takes for ``--log-folder``."""
+        return folder / "runs" / self.name
+
+    def command(self) -> list[str]:
+        """The run, as it is typed in the suite's folder."""
+        run = f"runs/{self.name}"
+        params = {**self.hyperparams, "callback": {"sb3_klip.callbacks.CSVLogCallback": {"path": f"{run}/progress.csv"}}}
+        return [
+            *("python", "-m", "rl_zoo3.train", "--algo", self.algo, "--env", self.task, "--seed", str(self.seed)),
+            *("--conf-file", self.conf, *(("-n", str(self.timesteps)) if self.override else ())),
+            *("--num-threads", "1", "--eval-freq", "-1", "--verbose", "0", "-f", run),
+            *("-params", *(f"{key}:{value!r}" for key, value in params.items())),
+        ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def commit() -> str | None:
+    """The commit that this package was installed from, marked where files have changed since; None if it is not known."""
+    origin = json.loads(importlib.metadata.distribution("sb3-klip").read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        return origin["vcs_info"]["commit_id"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+changes" if changed.strip() else head
+
+
+def run_cell(cell: Cell, folder: Path) -> None:
+    """
+    Bring a cell to its end, from wherever it is: nothing is done twice, and a half-written run is made again.
+
+    :param cell: what to run
+    :param folder: the suite's folder
+    :raises CellFailed: if the training fails
+    """
+    if cell.result(folder).exists():
+        return
+    run = cell.run(folder)
+    if not _complete(cell, run):
+        _stop_leftover(run)
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+        _train(cell, folder, run)
+    write_result(cell.result(folder), _summary(cell, run))
+
+
+def _train(cell: Cell, folder: Path, run: Path) -> None:
+    """The training itself, as a process of its own."""
+    about = {
+        "command": shlex.join(cell.command()),
+        "versions": versions(),
+        "commit": commit(),
+        "processor": _processor(),
+    }
+    started = time.time()
+    with (run / "log.txt").open("w") as log:
+        command = [sys.executable, *cell.command()[1:]]
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _write_json(run / "process.json", {"host": platform.node(), **_identify(process.pid)})
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    (run / "process.json").unlink(missing_ok=True)
+    if status != 0 or not _reached(cell, run):
+        reason = f"exited with status {status}" if status != 0 else "was interrupted before its last step"
+        raise CellFailed(f"{cell.name} {reason}. The end of its log:\n{log_tail(run)}")
+    _write_json(run / "cell.json", {**about, "seconds": round(time.time() - started)})
+
+
+def log_tail(run: Path) -> str:
+    """The last lines of a run's log."""
+    lines = (run / "log.txt").read_text(errors="replace").rstrip().splitlines()
+    return "\n".join(f"    {line}" for line in lines[-LOG_LINES:])
+
+
+def steps_done(cell: Cell, folder: Path) -> int:
+    """Steps that a running cell has logged, of ``cell.timesteps``."""
+    try:
+        with (cell.run(folder) / "progress.csv").open() as file:
+            column = file.readline().rstrip("\n").split(",").index("time/total_timesteps")
+            last = file.readlines()[-1]
+        return min(int(last.split(",")[column]), cell.timesteps)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def is_started(cell: Cell, folder: Path) -> bool:
+    """Whether a process is at work on the cell, or was when it was killed."""
+    return (cell.run(folder) / "process.json").exists()
+
+
+def stop_training(cell: Cell, folder: Path) -> None:
+    """End the process that is at work on a cell, if it is on this machine."""
+    _stop_leftover(cell.run(folder))
+
+
+def _reached(cell: Cell, run: Path) -> bool:
+    return steps_done(cell, run.parents[len(Path("runs", cell.name).parts) - 1]) >= cell.timesteps
+
+
+def _complete(cell: Cell, run: Path) -> bool:
+    """Whether the training has ended well, and only its result is missing."""
+    return (run / "cell.json").exists() and _reached(cell, run)
+
+
+def _summary(cell: Cell, run: Path) -> Result:
+    about = json.loads((run / "cell.json").read_text())
+    episodes = read_episodes(list(run.glob(f"{cell.algo}/*_1/*.monitor.csv")))
+    result = summarize(episodes, pd.read_csv(run / "progress.csv"), cell.timesteps)
+    own = {"task": cell.task, "method": cell.method, "seed": cell.seed, "algo": cell.algo, "hyperparams": cell.hyperparams}
+    return result._replace(about={**own, **result.about, **about})
+
+
+def _stop_leftover(run: Path) -> None:
+    """A training outlives its worker when that is killed; it must not write beside the one that takes its place."""
+    try:
+        left = json.loads((run / "process.json").read_text())
+        if left.pop("host") == platform.node() and _identify(left["pid"]) == left:
+            psutil.Process(left["pid"]).kill()
+    except (OSError, ValueError, psutil.NoSuchProcess):
+        pass
+
+
+def _identify(pid: int) -> dict[str, Any]:
+    """A process, and not another one that has got its number since."""
+    return {"pid": pid, "created": psutil.Process(pid).create_time()}
+
+
+def _processor() -> str:
+    """The processor's name, as far as it can be had."""
+    try:
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, f"{json.dumps(content)}\n".encode())

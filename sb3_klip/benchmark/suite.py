@@ -1,0 +1,179 @@
+"""Suites: which tasks, methods and seeds, and whether all of them can be run."""
+
+import importlib
+import importlib.resources
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import yaml
+from rl_zoo3.utils import ALGOS
+
+from sb3_klip.benchmark.cell import Cell
+from sb3_klip.errors import did_you_mean
+from sb3_klip.training import make_beta
+from sb3_klip.zoo import ALGORITHMS, register
+
+#: Keys of a suite file; all but ``timesteps`` must be there.
+KEYS = ("hyperparams", "tasks", "seeds", "methods", "timesteps")
+#: The algorithm of a method that names none.
+ALGO = "klip_ppo"
+
+
+class Suite(NamedTuple):
+    """
+    What is to be run.
+
+    :param name: the file's name, without its suffix
+    :param cells: every task, method and seed; seeds change slowest, so that whole tables come early
+    :param definition: what a cell's numbers depend on, by the cell's task and method
+    """
+
+    name: str
+    cells: list[Cell]
+    definition: dict[str, Any]
+
+
+def included() -> list[str]:
+    """Names of the suites that come with this package."""
+    return sorted(path.name[:-4] for path in importlib.resources.files(__package__).joinpath("suites").iterdir())
+
+
+def read_suite(name: str) -> Suite:
+    """
+    Read a suite and check all of it.
+
+    :param name: one of :func:`included`, or a YAML file
+    :raises ValueError: with a line for each mistake
+    """
+    if name in included():
+        text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text()
+    elif Path(name).suffix in (".yml", ".yaml"):
+        try:
+            text = Path(name).read_text()
+        except OSError as error:
+            raise ValueError(f"--suite: {name} cannot be read: {error.strerror}") from error
+    else:
+        known = ", ".join(included())
+        raise ValueError(f"--suite={name!r} is none of {known}, and no YAML file.{did_you_mean(name, included())}")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the suite {name} is not YAML: {error}") from error
+    register()
+    mistakes = _shape(content)
+    if not mistakes:
+        protocol = _protocol(content["hyperparams"], mistakes)
+        for task in content["tasks"]:
+            mistakes += _check_task(task, protocol, content)
+        for method, settings in content["methods"].items():
+            mistakes += _check_method(method, settings)
+    if mistakes:
+        raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+    return _made(Path(name).stem, content, protocol)
+
+
+def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
+    """
+    Some cells of a suite.
+
+    :param tasks: those to keep; all, if there are none
+    :param methods: likewise
+    :param seeds: likewise; they need not be among those of the suite
+    :raises ValueError: if a task or a method is not in the suite
+    """
+    for option, names, known in (
+        ("--tasks", tasks, dict.fromkeys(cell.task for cell in suite.cells)),
+        ("--methods", methods, dict.fromkeys(cell.method for cell in suite.cells)),
+    ):
+        for name in names:
+            if name not in known:
+                known_names = ", ".join(known)
+                raise ValueError(f"{option}: {name!r} is not in the suite, which has {known_names}.{did_you_mean(name, known)}")
+    cells = [
+        cell for cell in suite.cells if (not tasks or cell.task in tasks) and (not methods or cell.method in methods)
+    ]
+    if not seeds:
+        return cells
+    first = min(cell.seed for cell in cells)
+    return [_with_seed(cell, seed) for seed in seeds for cell in cells if cell.seed == first]
+
+
+def _with_seed(cell: Cell, seed: int) -> Cell:
+    return Cell(**{**vars(cell), "seed": seed})
+
+
+def _shape(content: Any) -> list[str]:
+    """What is wrong with the file as a whole."""
+    if not isinstance(content, dict):
+        return [f"it must be a mapping of {', '.join(KEYS)}, not {content!r}"]
+    mistakes = [f"unknown key {key!r}.{did_you_mean(key, KEYS)}" for key in content if key not in KEYS]
+    mistakes += [f"{key!r} is missing" for key in KEYS[:4] if key not in content]
+    for key, kind, element, what in (
+        ("hyperparams", str, object, "a module, or a YAML file beside this one"),
+        ("tasks", list, str, "a list of environments"),
+        ("seeds", list, int, "a list of whole numbers"),
+        ("methods", dict, object, "a mapping of methods"),
+        ("timesteps", int, object, "a whole number"),
+    ):
+        value = content.get(key)
+        wrong = not isinstance(value, kind) or not value
+        if key in content and (wrong or (kind is list and not all(isinstance(item, element) for item in value))):
+            mistakes.append(f"{key} must be {what}, not {value!r}")
+    return mistakes
+
+
+def _protocol(conf: str, mistakes: list[str]) -> Mapping[str, Any]:
+    """Hyperparameters by task."""
+    try:
+        if conf.endswith((".yml", ".yaml")):
+            return yaml.safe_load(Path(conf).read_text())
+        return importlib.import_module(conf).hyperparams
+    except (OSError, ImportError, AttributeError, yaml.YAMLError) as error:
+        mistakes.append(f"hyperparams={conf!r} cannot be read: {error}")
+        return {}
+
+
+def _check_task(task: str, protocol: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
+    mistakes = []
+    if task not in gym.envs.registry:
+        mistakes.append(f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}")
+    elif protocol and task not in protocol and "default" not in protocol:
+        mistakes.append(f"{content['hyperparams']} has no entry for {task!r}, and none for 'default'")
+    return mistakes
+
+
+def _check_method(method: str, settings: Any) -> list[str]:
+    if not isinstance(settings, dict):
+        return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
+    if "/" in method or method.startswith("."):
+        return [f"method {method!r} names a folder, so it must not contain '/' nor begin with '.'"]
+    algo = settings.get("algo", ALGO)
+    if algo not in ALGOS:
+        return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
+    if algo not in ALGORITHMS:
+        if "beta" in settings:
+            return [f"method {method!r}: {algo!r} has no coefficient; beta is for {', '.join(ALGORITHMS)}"]
+        return []
+    try:
+        make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
+    except (ValueError, TypeError) as error:
+        return [f"method {method!r}: {error}"]
+    return []
+
+
+def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any]) -> Suite:
+    """The suite, once it is known to be right."""
+    cells, definition = [], {}
+    for seed in content["seeds"]:
+        for task in content["tasks"]:
+            hyperparams = dict(protocol.get(task, protocol.get("default")))
+            timesteps = int(content.get("timesteps", hyperparams.pop("n_timesteps")))
+            for method, settings in content["methods"].items():
+                own = {key: value for key, value in settings.items() if key != "algo"}
+                algo = settings.get("algo", ALGO)
+                override = "timesteps" in content
+                cells.append(Cell(task, method, seed, algo, content["hyperparams"], timesteps, override, own))
+                definition[f"{task}/{method}"] = {"algo": algo, "timesteps": timesteps, **hyperparams, **own}
+    return Suite(name, cells, definition)
