@@ -41,7 +41,7 @@ def style(size: str = "readme") -> Iterator[tuple[float, float]]:
     backend = matplotlib.get_backend()
     plt.switch_backend("agg")
     try:
-        with plt.rc_context(settings):
+        with plt.rc_context(settings):  # type: ignore[arg-type]
             yield SIZES[size]
     finally:
         plt.switch_backend(backend)

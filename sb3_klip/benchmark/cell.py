@@ -25,7 +25,7 @@ PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasiu
 LOG_LINES = 12
 
 
-class CellFailed(RuntimeError):
+class CellError(RuntimeError):
     """A training that did not come to its end; the message has the last lines of its log."""
 
 
@@ -103,7 +103,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
 
     :param cell: what to run
     :param folder: the suite's folder
-    :raises CellFailed: if the training fails
+    :raises CellError: if the training fails
     """
     if cell.result(folder).exists():
         return
@@ -119,7 +119,7 @@ def run_cell(cell: Cell, folder: Path) -> None:
 def _train(cell: Cell, folder: Path, run: Path) -> None:
     """The training itself, as a process of its own."""
     about = {
-        "command": shlex.join(cell.command()),
+        "command": " ".join(_quoted(word) for word in cell.command()),
         "versions": versions(),
         "commit": commit(),
         "processor": _processor(),
@@ -138,7 +138,7 @@ def _train(cell: Cell, folder: Path, run: Path) -> None:
     (run / "process.json").unlink(missing_ok=True)
     if status != 0 or not _reached(cell, run):
         reason = f"exited with status {status}" if status != 0 else "was interrupted before its last step"
-        raise CellFailed(f"{cell.name} {reason}. The end of its log:\n{log_tail(run)}")
+        raise CellError(f"{cell.name} {reason}. The end of its log:\n{log_tail(run)}")
     _write_json(run / "cell.json", {**about, "seconds": round(time.time() - started)})
 
 
@@ -201,12 +201,17 @@ def _identify(pid: int) -> dict[str, Any]:
     return {"pid": pid, "created": psutil.Process(pid).create_time()}
 
 
+def _quoted(word: str) -> str:
+    """The word for a shell; what has Python's quotes in it is easier to read in double ones."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
 def _processor() -> str:
     """The processor's name, as far as it can be had."""
     try:
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        return names[0]
-    except (OSError, IndexError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 

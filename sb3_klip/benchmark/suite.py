@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.resources
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from sb3_klip.zoo import ALGORITHMS, register
 KEYS = ("hyperparams", "tasks", "seeds", "methods", "timesteps")
 #: The algorithm of a method that names none.
 ALGO = "klip_ppo"
+#: Hyperparameters that RL Zoo takes for itself.
+ZOO_KEYS = ("n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper")
+#: Arguments of algorithms that the benchmark or RL Zoo gives.
+TAKEN = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup_model"}
 
 
 class Suite(NamedTuple):
@@ -90,10 +95,10 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
         for name in names:
             if name not in known:
                 known_names = ", ".join(known)
-                raise ValueError(f"{option}: {name!r} is not in the suite, which has {known_names}.{did_you_mean(name, known)}")
-    cells = [
-        cell for cell in suite.cells if (not tasks or cell.task in tasks) and (not methods or cell.method in methods)
-    ]
+                raise ValueError(
+                    f"{option}: {name!r} is not in the suite, which has {known_names}.{did_you_mean(name, known)}"
+                )
+    cells = [cell for cell in suite.cells if (not tasks or cell.task in tasks) and (not methods or cell.method in methods)]
     if not seeds:
         return cells
     first = min(cell.seed for cell in cells)
@@ -118,8 +123,9 @@ def _shape(content: Any) -> list[str]:
         ("timesteps", int, object, "a whole number"),
     ):
         value = content.get(key)
-        wrong = not isinstance(value, kind) or not value
-        if key in content and (wrong or (kind is list and not all(isinstance(item, element) for item in value))):
+        items = value if isinstance(value, list) else []
+        wrong = not isinstance(value, kind) or not value or not all(isinstance(item, element) for item in items)
+        if key in content and wrong:
             mistakes.append(f"{key} must be {what}, not {value!r}")
     return mistakes
 
@@ -152,15 +158,15 @@ def _check_method(method: str, settings: Any) -> list[str]:
     algo = settings.get("algo", ALGO)
     if algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
-    if algo not in ALGORITHMS:
-        if "beta" in settings:
-            return [f"method {method!r}: {algo!r} has no coefficient; beta is for {', '.join(ALGORITHMS)}"]
-        return []
-    try:
-        make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
-    except (ValueError, TypeError) as error:
-        return [f"method {method!r}: {error}"]
-    return []
+    known = {*ZOO_KEYS, *inspect.signature(ALGOS[algo]).parameters} - TAKEN
+    unknown = [key for key in settings if key not in known and key != "algo"]
+    mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
+    if algo in ALGORITHMS:
+        try:
+            make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
+        except (ValueError, TypeError) as error:
+            mistakes.append(f"method {method!r}: {error}")
+    return mistakes
 
 
 def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any]) -> Suite:
@@ -168,12 +174,12 @@ def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any]) -> Su
     cells, definition = [], {}
     for seed in content["seeds"]:
         for task in content["tasks"]:
-            hyperparams = dict(protocol.get(task, protocol.get("default")))
-            timesteps = int(content.get("timesteps", hyperparams.pop("n_timesteps")))
+            hyperparams = dict(protocol[task if task in protocol else "default"])
+            timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
             for method, settings in content["methods"].items():
                 own = {key: value for key, value in settings.items() if key != "algo"}
                 algo = settings.get("algo", ALGO)
                 override = "timesteps" in content
                 cells.append(Cell(task, method, seed, algo, content["hyperparams"], timesteps, override, own))
-                definition[f"{task}/{method}"] = {"algo": algo, "timesteps": timesteps, **hyperparams, **own}
+                definition[f"{task}/{method}"] = {**hyperparams, **own, "algo": algo, "n_timesteps": timesteps}
     return Suite(name, cells, definition)
