@@ -1,0 +1,161 @@
+"""The figures of a report: learning curves, what was clipped, β, sweeps and performance profiles."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rliable import library as rly
+
+from sb3_klip.benchmark.results import Result
+from sb3_klip.figures import line_styles, style
+
+#: Panels side by side.
+COLUMNS = 4
+
+
+def draw_all(
+    results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], scores: Mapping[str, np.ndarray]
+) -> dict[str, Figure]:
+    """
+    All figures that the results allow.
+
+    :param results: the finished cells
+    :param tasks: in the order of the panels
+    :param methods: in the order of the lines
+    :param scores: normalised, seeds × tasks, by method
+    :return: figure by title
+    """
+    sweeps = sorted({method.split("=")[0] for method in methods if "=" in method})
+    figures: dict[str, Figure] = {}
+    with style() as size:
+        if not sweeps:
+            figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=methods), size, "return")
+        if {"ppo", "step"} <= set(methods):
+            figures["PPO and KLipPPO"] = _by_task(results, tasks, _ppo_and_step, size, "return")
+        if any("kill_fraction" in result.curve for result in results):
+            figures["Partition"] = _by_task(results, tasks, _partition, size, "share of samples")
+            figures["Beta"] = _by_task(results, tasks, _beta, size, "β")
+        for knob in sweeps:
+            figures[f"Sweep of {knob}"] = _by_task(results, tasks, partial(_sweep, knob=knob), size, "return", knob)
+        if len(scores) > 1:
+            figures["Performance profiles"] = _profiles(scores, size)
+    return figures
+
+
+def _by_task(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    draw: Callable[[Axes, Sequence[Result]], None],
+    size: tuple[float, float],
+    label: str,
+    x_label: str = "million steps",
+) -> Figure:
+    """One panel per task, and one legend for all."""
+    columns = min(COLUMNS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    width, height = size
+    figure, grid = plt.subplots(rows, columns, figsize=(width, height * 0.65 * rows + 0.3), squeeze=False)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        draw(axes, [result for result in results if result.about["task"] == task])
+        axes.set_title(task)
+        axes.set_xlabel(x_label)
+        axes.margins(x=0)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
+    entries = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def _of(results: Sequence[Result], method: str) -> list[Result]:
+    return [result for result in results if result.about["method"] == method]
+
+
+def _column(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Million steps, and the column of each run; gaps, as where no episode ended, are bridged."""
+    table = pd.concat(
+        [result.curve.set_index("timesteps")[name].interpolate(limit_area="inside") for result in results], axis=1
+    )
+    return table.index.to_numpy() / 1e6, table.to_numpy()
+
+
+def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> None:
+    """Mean over seeds, and a band from the lowest to the highest."""
+    for method, line in zip(methods, line_styles(len(methods)), strict=True):
+        if runs := _of(results, method):
+            steps, values = _column(runs, "return")
+            if values.shape[1] > 1:
+                axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=line["color"], alpha=0.15, linewidth=0)
+            axes.plot(steps, values.mean(axis=1), label=method, **line)
+
+
+def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:
+    """PPO as a broad light line, and on it the narrow dark one of ``step``, with the same seeds."""
+    pairs = {result.about["seed"]: result for result in _of(results, "ppo")}
+    for result in _of(results, "step"):
+        if (ppo := pairs.get(result.about["seed"])) is not None:
+            steps, values = _column([ppo, result], "return")
+            axes.plot(steps, values[:, 0], color="0.75", linewidth=4, label="PPO")
+            axes.plot(steps, values[:, 1], color="black", linewidth=1, label="KLipPPO")
+
+
+def _partition(axes: Axes, results: Sequence[Result]) -> None:
+    """Kill and pass fractions of ``step``, mean over seeds."""
+    runs = _of(results, "step") or [result for result in results if "kill_fraction" in result.curve]
+    for name, line in zip(("kill", "pass"), line_styles(2), strict=True):
+        if runs:
+            steps, values = _column(runs, f"{name}_fraction")
+            axes.plot(steps, values.mean(axis=1), label=f"{name} set", **line)
+
+
+def _beta(axes: Axes, results: Sequence[Result]) -> None:
+    """Percentiles of β, mean over seeds."""
+    runs = _of(results, "step") or [result for result in results if "beta_p50" in result.curve]
+    if not runs:
+        return
+    colour = line_styles(1)[0]["color"]
+    for low, high, alpha in ((1, 99, 0.15), (5, 95, 0.3), (25, 75, 0.6)):
+        steps, lower = _column(runs, f"beta_p{low:02}")
+        _, upper = _column(runs, f"beta_p{high:02}")
+        label = f"{low} to {high} %"
+        axes.fill_between(steps, lower.mean(axis=1), upper.mean(axis=1), color=colour, alpha=alpha, linewidth=0, label=label)
+    steps, median = _column(runs, "beta_p50")
+    axes.plot(steps, median.mean(axis=1), color="black", linewidth=1, label="median")
+
+
+def _sweep(axes: Axes, results: Sequence[Result], knob: str) -> None:
+    """Final return against the value of a knob: mean over seeds, and a bar from the lowest to the highest."""
+    finals: dict[float, list[float]] = {}
+    for result in results:
+        name, _, value = result.about["method"].partition("=")
+        if name == knob and result.about["final_return"] is not None:
+            finals.setdefault(float(value), []).append(result.about["final_return"])
+    values = sorted(finals)
+    means = np.array([np.mean(finals[value]) for value in values])
+    bars = [means - [min(finals[value]) for value in values], [max(finals[value]) for value in values] - means]
+    axes.errorbar(values, means, yerr=np.array(bars), marker="o", capsize=3, label=knob, **line_styles(1)[0])
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+
+
+def _profiles(scores: Mapping[str, np.ndarray], size: tuple[float, float]) -> Figure:
+    """For each score, the share of runs that reach it."""
+    levels = np.linspace(0, max(1.5, max(matrix.max() for matrix in scores.values())), 101)
+    profiles, bounds = rly.create_performance_profile(dict(scores), levels)
+    width, height = size
+    figure, axes = plt.subplots(figsize=(width * 0.6, height))
+    for (method, profile), line in zip(profiles.items(), line_styles(len(profiles)), strict=True):
+        axes.plot(levels, profile, label=method, **line)
+        axes.fill_between(levels, *bounds[method], color=line["color"], alpha=0.1, linewidth=0)
+    axes.set_xlabel("score τ")
+    axes.set_ylabel("share of runs with score > τ")
+    axes.legend()
+    axes.margins(x=0)
+    return figure
