@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sb3_klip import coefficients, surrogate, zoo
+    from sb3_klip.callbacks import BetaHistogramCallback, CSVLogCallback
     from sb3_klip.checkpoint import load_vecnormalize
+    from sb3_klip.identity import IdentityCheckCallback
     from sb3_klip.klip_maskable_ppo import KLipMaskablePPO
     from sb3_klip.klip_ppo import KLipPPO
     from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
@@ -20,6 +22,9 @@ __version__ = "0.1.0"
 
 # Name and module of each class and function.
 _NAMES = {
+    "BetaHistogramCallback": "callbacks",
+    "CSVLogCallback": "callbacks",
+    "IdentityCheckCallback": "identity",
     "KLipMaskablePPO": "klip_maskable_ppo",
     "KLipPPO": "klip_ppo",
     "KLipRecurrentPPO": "klip_recurrent_ppo",
@@ -28,6 +33,9 @@ _NAMES = {
 }
 
 __all__ = [
+    "BetaHistogramCallback",
+    "CSVLogCallback",
+    "IdentityCheckCallback",
     "KLipMaskablePPO",
     "KLipPPO",
     "KLipRecurrentPPO",

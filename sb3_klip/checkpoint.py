@@ -447,6 +447,15 @@ def fit_action_space(saved: spaces.Space, actual: spaces.Space) -> bool:
     return saved == actual
 
 
+def plain_names(state: Any) -> dict[str, Any]:
+    """
+    A policy's state dict under the names of its modules: older versions of SB3 saved those that ``torch.compile`` gave them.
+
+    :param state: as ``policy.state_dict()``
+    """
+    return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
 def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: str, exact: bool) -> None:
     """
     Refuse parameters of another architecture, before any of them is copied.

@@ -130,7 +130,7 @@ class UpdateLog:
         epoch["entropy_loss"] = th.stack([m.entropy_loss for m in self.minibatches]).sum()
         epoch["beta_abs_max"] = beta.abs().max()
         self._last_policy_loss = policy_loss[-int(sizes[-1]) :].mean()
-        self._last_beta = beta
+        self.last_beta = beta
         self._epochs.append(epoch)
         self._counts.append(len(self.minibatches))
 
@@ -155,7 +155,7 @@ class UpdateLog:
         last = self.minibatches[-1]
         losses = th.stack([self._last_policy_loss, last.entropy_loss, last.value_loss])
         levels = th.tensor(PERCENTILES, dtype=losses.dtype, device=losses.device) / 100
-        policy_loss, entropy_loss, value_loss, *quantiles = th.cat([losses, self._last_beta.quantile(levels)]).tolist()
+        policy_loss, entropy_loss, value_loss, *quantiles = th.cat([losses, self.last_beta.quantile(levels)]).tolist()
         logs["loss"] = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
         logs.update((f"beta_p{level:02}", value) for level, value in zip(PERCENTILES, quantiles, strict=True))
         return logs

@@ -88,7 +88,7 @@ def clip_objective(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | 
 
 def weight_space_penalty(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor = 0.2) -> th.Tensor:
     """
-    Φ(w, Â) = |Â| max(d, 0), d being the distance past the harmful bound: what PPO-Clip takes off ``w Â``.
+    ``Φ(w, Â) = |Â| max(d, 0)``, d being the distance past the harmful bound: what PPO-Clip takes off ``w Â``.
 
     Source: arXiv 2606.23932, theorem 2. Φ >= 0, and zero outside the kill set.
 
@@ -156,7 +156,7 @@ def kl_estimate(estimator: str, log_prob: th.Tensor, old_log_prob: th.Tensor, kl
     :param estimator: ``"analytic"``, ``"k1"`` or ``"k3"``
     :param log_prob: log π_new(a|s), differentiable
     :param old_log_prob: log π_old(a|s)
-    :param kl: KL(π_old(·|s) ‖ π_new(·|s)) per state, differentiable; needed by ``"analytic"`` only
+    :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable; needed by ``"analytic"`` only
     :return: estimate in nats, same shape
     :raises ValueError: if the estimator is unknown, or ``"analytic"`` and ``kl`` is None
     """
@@ -194,7 +194,7 @@ def per_sample_kl(
     :param advantages: advantage Â
     :param coefficient: gives gate and weight
     :param clip_range: half-width ε
-    :param kl: KL(π_old(·|s) ‖ π_new(·|s)) per state, differentiable, where the coefficient asks for it
+    :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, where the coefficient asks for it
     :param quantities: whatever else the coefficient asks for, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
     """

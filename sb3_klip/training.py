@@ -22,7 +22,9 @@ from sb3_klip.checkpoint import (
     RESUME,
     Checkpoint,
     check_parameters,
+    plain_names,
     restore_schedules,
+    statistics_file,
     write_atomically,
 )
 from sb3_klip.coefficients import Coefficient, CoefficientLike, make
@@ -103,6 +105,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     _compiled_loss: Callable[..., Any] | None = None
     # Steps that the environments' running episodes already had when the last rollout ended.
     _episode_steps: Sequence[int] = ()
+    #: β of each sample in the last epoch of the last update, shape (n_steps * n_envs,).
+    update_beta: th.Tensor | None = None
     # The last moment between two rollouts, if that is now; see sb3_klip.resume.
     _boundary: Boundary | None = None
     # Random generators to put back when learning goes on, in a model that was loaded with resume=True.
@@ -243,6 +247,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         for key, value in log.summary(self.ent_coef, self.vf_coef).items():
             # The percentiles are for plots; on the terminal they would double the length of the table.
             self.logger.record(f"train/{key}", value, exclude="stdout" if key.startswith("beta_p") else None)
+        self.update_beta = log.last_beta
         if update.coefficient.learns or self.log_kl:
             kl = self._rollout_kl(update.snapshot)
             update.coefficient.end_update(kl)
@@ -452,7 +457,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             self._compiled_loss = compiled(self._compilable_loss, self.compile)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_boundary", "_resuming", "_compiled_loss"]
+        return [*super()._excluded_save_params(), "_boundary", "_resuming", "_compiled_loss", "update_beta"]
 
     def save(
         self,
@@ -564,6 +569,13 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             make_beta(model.beta, model.beta_kwargs)  # raises: these parameters are not the file's
         if lost:
             checkpoint.warn_of_lost(lost, schedules, source, model)
+        statistics = None if env is None or checkpoint.path is None else statistics_file(checkpoint.path)
+        if statistics is not None and model.get_vec_normalize_env() is None:
+            warnings.warn(
+                f"{statistics} lies beside this agent, which has therefore learned from normalized observations or rewards, but "
+                f"env does not normalize. Wrap it: env = sb3_klip.load_vecnormalize({str(statistics)!r}, env)",
+                stacklevel=2,
+            )
         if state is not None:
             model._resuming = restore_state(model, state)
         return model
@@ -586,5 +598,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             checkpoint.check_algorithm(type(self))
             name = checkpoint.name
             _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
+        if "policy" in load_path_or_dict:
+            load_path_or_dict = {**load_path_or_dict, "policy": plain_names(load_path_or_dict["policy"])}
         check_parameters(load_path_or_dict, self.policy, name, exact_match)
         super().set_parameters(load_path_or_dict, exact_match, device)
