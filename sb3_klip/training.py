@@ -572,8 +572,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         statistics = None if env is None or checkpoint.path is None else statistics_file(checkpoint.path)
         if statistics is not None and model.get_vec_normalize_env() is None:
             warnings.warn(
-                f"{statistics} lies beside this agent, which has therefore learned from normalized observations or rewards, but "
-                f"env does not normalize. Wrap it: env = sb3_klip.load_vecnormalize({str(statistics)!r}, env)",
+                f"The agent has learned from normalized observations or rewards, as {statistics} lies beside it, but env does "
+                f"not normalize. Wrap it: env = sb3_klip.load_vecnormalize({str(statistics)!r}, env)",
                 stacklevel=2,
             )
         if state is not None:
@@ -599,6 +599,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             name = checkpoint.name
             _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
         if "policy" in load_path_or_dict:
-            load_path_or_dict = {**load_path_or_dict, "policy": plain_names(load_path_or_dict["policy"])}
+            policy = plain_names(load_path_or_dict["policy"])
+            load_path_or_dict = {**load_path_or_dict, "policy": policy}  # type: ignore[dict-item]
         check_parameters(load_path_or_dict, self.policy, name, exact_match)
         super().set_parameters(load_path_or_dict, exact_match, device)

@@ -57,7 +57,7 @@ def _reading_beta(read_hyperparameters: Any) -> Any:
         if self.algo not in ALGORITHMS:
             return read_hyperparameters(self)
         # Without --conf-file, the zoo looks for a file of the algorithm's name in its own folder.
-        if Path(self.config) == _zoo_hyperparams() / f"{self.algo}.yml":
+        if Path(self.config) == zoo_hyperparams() / f"{self.algo}.yml":
             self.config = f"sb3_klip.hyperparams.{self.algo}"
         hyperparams, saved_hyperparams = read_hyperparameters(self)
         default = "step"
@@ -104,7 +104,7 @@ def _evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
             raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
 
 
-def _zoo_hyperparams() -> Path:
+def zoo_hyperparams() -> Path:
     """Where RL Zoo keeps its YAML files: in its package or, in a git checkout, beside it."""
     package = Path(rl_zoo3.__file__).parent
     inside = package / "hyperparams"
@@ -119,7 +119,7 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     :param name: our algorithm, whose ``<name>.yml`` is laid over it
     :return: a new dictionary: hyperparameters by environment
     """
-    hyperparams = yaml.safe_load((_zoo_hyperparams() / f"{base}.yml").read_text())
+    hyperparams = yaml.safe_load((zoo_hyperparams() / f"{base}.yml").read_text())
     ours = yaml.safe_load(importlib.resources.files("sb3_klip.hyperparams").joinpath(f"{name}.yml").read_text()) or {}
     for env_id, entry in ours.items():
         is_atari = env_id in gym.envs.registry and ExperimentManager.is_atari(env_id)
