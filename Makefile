@@ -9,37 +9,50 @@ VENV ?= .venv
 ENV = Hopper-v4
 ALGO = klip_ppo
 N = 100000
+SUITE = smoke
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Test processes run side by side, and bit-for-bit comparisons need one thread count.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: train test test-slow lint types clean
+.PHONY: help train test test-slow lint type docs benchmark report clean
 
-train: $(INSTALLED)
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+train: $(INSTALLED) ## train through RL Zoo: ENV=Hopper-v4 ALGO=klip_ppo N=100000
 	$(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(N) --num-threads 1 -P
 
-test: $(INSTALLED)
+test: $(INSTALLED) ## the fast tests
 	$(PYTEST) -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) ## the tests that take minutes
 	$(PYTEST) -m slow
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(INSTALLED)
+type: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+docs: $(INSTALLED) ## build the documentation into docs/_build, with warnings as errors
+	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
+
+benchmark: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, knobs)
+	$(BIN)/python -m sb3_klip.benchmark run --suite $(SUITE)
+
+report: $(INSTALLED) ## its tables and figures: SUITE=smoke
+	$(BIN)/python -m sb3_klip.benchmark report logs/benchmark/$(SUITE)
+
+clean: ## remove what make has made
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: see constraints.txt.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e ".[tests,plots,extra]"
+	$(BIN)/pip install -c constraints.txt -e ".[tests,docs,benchmark,plots,extra]"
 	touch $@

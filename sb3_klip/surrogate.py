@@ -265,7 +265,8 @@ def per_sample_kl_loss(
     :param clip_range: half-width ε, a number or a tensor
     :param mask: True where a sample counts; ``None`` counts all
     :param reduction: ``"mean"`` over all samples that count (PPO); ``"sequence_mean"`` over those of each row of ``(B, T)``
-        and then over the rows (GRPO, arXiv 2402.03300); ``"none"`` for the losses themselves, 0 where the mask is False
+        and then over the rows (GRPO, arXiv 2402.03300), 0 for a row of which none counts; ``"none"`` for the losses
+        themselves, 0 where the mask is False
     :param quantities: what the coefficient asks for beyond ratio, advantages and clip range, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
@@ -282,7 +283,7 @@ def per_sample_kl_loss(
         return masked_mean(loss, mask)
     kept = th.ones_like(loss, dtype=th.bool) if mask is None else mask
     loss = th.where(kept, loss, 0.0)
-    return loss if reduction == "none" else (loss.sum(dim=1) / kept.sum(dim=1)).mean()
+    return loss if reduction == "none" else (loss.sum(dim=1) / kept.sum(dim=1).clamp(min=1)).mean()
 
 
 def _check(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None) -> None:

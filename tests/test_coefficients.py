@@ -602,6 +602,16 @@ def test_token_level_grpo():
     )
 
 
+def test_a_sequence_of_which_no_token_counts_adds_nothing():
+    log_prob, old, advantages, mask = token_batch()
+    counted = per_sample_kl_loss(log_prob[1:], old[1:], advantages[1:], mask=mask[1:], reduction="sequence_mean")
+    empty = mask.clone()
+    empty[0] = False
+    loss = per_sample_kl_loss(log_prob, old, advantages, mask=empty, reduction="sequence_mean")
+    th.testing.assert_close(loss * len(mask), counted * (len(mask) - 1))
+    assert th.autograd.grad(loss, log_prob)[0].isfinite().all()
+
+
 def test_unreduced_losses():
     log_prob, old, advantages, mask = token_batch()
     losses = per_sample_kl_loss(log_prob, old, advantages, mask=mask, reduction="none")

@@ -22,7 +22,7 @@ def test_example(path, tmp_path):
 
 
 def test_there_are_examples():
-    assert {"drop_in", "own_coefficient", "masked_actions", "token_level"} <= {path.stem for path in EXAMPLES}
+    assert len(EXAMPLES) >= 9
 
 
 @pytest.mark.slow

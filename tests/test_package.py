@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 import sb3_klip
 
 ROOT = Path(__file__).parent.parent
-LEFTOVERS = shutil.ignore_patterns(".git", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis")
+LEFTOVERS = shutil.ignore_patterns(
+    ".git", "*.egg-info", "build", "dist", "logs", "__pycache__", ".*_cache", ".hypothesis", "_build"
+)
 
 
 def leftovers(folder: str, names: list[str]) -> set[str]:

@@ -12,7 +12,7 @@ alone, 1 removes its gradient, more than 1 pushes it back)::
     @register("late_ramp")
     def late_ramp(ratio, advantages, clip_range, progress, *, width=0.1):
         distance = harmful_distance(ratio, advantages, clip_range)
-        return (distance / width).clamp(0, 1) * (1 - progress)
+        return (distance / (width * (1 - progress) + 1e-6)).clamp(0, 1)
 
 
     model = KLipPPO("MlpPolicy", "Hopper-v4", beta="late_ramp", beta_kwargs={"width": 0.2})

@@ -1,0 +1,57 @@
+"""Settings of Sphinx. The build needs no network; the browser fetches MathJax when it shows a page with formulas."""
+
+import inspect
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+# The documentation is of this checkout, whichever sb3-klip is installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, __version__
+
+project = "sb3-klip"
+author = "The sb3-klip developers"
+copyright = f"2026, {author}"
+version = release = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+# That of Stable-Baselines3 and RL Zoo.
+html_theme = "sphinx_rtd_theme"
+
+myst_enable_extensions = ["amsmath", "dollarmath"]
+# Links to headings, as on GitHub.
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# Types stand beside the parameters that they are of.
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+
+nitpick_ignore_regex = [
+    # Other packages: to find their pages would need their inventories, and thus the network. SB3 writes the last two names
+    # without their module.
+    (
+        "py:.*",
+        r"(collections\.abc|gymnasium|io|matplotlib|numpy|pandas|pathlib|stable_baselines3|sb3_contrib|torch)\..*"
+        r"|BaseCallback|VecEnv",
+    ),
+    # Type variables, which have no page.
+    ("py:class", r"sb3_klip\..*\.(Self\w+|AnyFunction)"),
+]
+
+
+def plain_types(app: Any, function: Any, bound_method: bool) -> None:
+    """Show the type of a coefficient's parameter without the range that stands beside it in the annotation."""
+    if inspect.isfunction(function) and function.__module__.startswith("sb3_klip.coefficients."):
+        function.__annotations__ = typing.get_type_hints(function)
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-before-process-signature", plain_types)
+    # Where an argument and an attribute share a name, Sphinx would show the type of the attribute for both.
+    for algorithm in (KLipPPO, KLipMaskablePPO, KLipRecurrentPPO):
+        algorithm.__annotations__ = algorithm.__init__.__annotations__

@@ -1,0 +1,15 @@
+"""
+Search for a coefficient and its parameters, together with all other hyperparameters, with Optuna through RL Zoo.
+
+Five short trials here; for a real search, leave ``--n-trials`` at RL Zoo's default or higher.
+"""
+
+import subprocess
+import sys
+
+command = (
+    "-m rl_zoo3.train --algo klip_ppo --env CartPole-v1 -optimize --n-trials 5 --n-startup-trials 2 --n-evaluations 1 "
+    "-n 5000 --seed 0 --num-threads 1 --no-optim-plots -f tune_logs -params beta:'search'"
+)
+run = subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.PIPE, text=True)
+print(run.stdout[run.stdout.index("Number of finished trials") :])

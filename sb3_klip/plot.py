@@ -1,0 +1,337 @@
+"""Figures of coefficients, which need no training, and of runs, from their logs: ``python -m sb3_klip.plot --help``."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch as th
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from sb3_klip.coefficients import Coefficient, make
+from sb3_klip.diagnostics import PERCENTILES
+from sb3_klip.errors import did_you_mean
+from sb3_klip.surrogate import per_sample_beta
+
+try:
+    from sb3_klip import figures
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f'Figures need {error.name}, which is not installed: pip install "sb3-klip[plots]"', file=sys.stderr)
+    sys.exit(2)
+
+Shape: TypeAlias = tuple[float, float]
+README = figures.SIZES["readme"]
+
+#: Contours of β, each twice the one before; the colours end at twice the last.
+LEVELS = (0.5, 1.0, 2.0, 4.0)
+#: The most that is shown of a gradient outside the band: ``quadratic`` goes far beyond, and would flatten all others.
+MULTIPLIERS = (-1.5, 3.0)
+#: Points of a line: of more updates, means are drawn, as the dashes of a line cannot be told apart in noise.
+POINTS = 100
+FRACTIONS = ["train/kill_fraction", "train/pass_fraction"]
+WEIGHT = "train/beta_scalar"
+BETAS = [f"train/beta_p{level:02}" for level in PERCENTILES]
+
+# In ASCII: a Windows console may have no Greek letters.
+COMMANDS = {
+    "landscape": "beta over ratio and advantage, a panel for each coefficient",
+    "gradient": "what multiplies the gradient of a sample, over the ratio",
+    "distribution": "percentiles of beta, and kill and pass fractions, over a run",
+}
+DEFAULTS = {
+    "landscape": ("step", "linear_ramp:width=0.3", "quadratic"),
+    "gradient": ("step", "fixed:value=1,estimator=k3", "linear_ramp:width=0.1", "quadratic"),
+}
+EPILOG = """\
+A coefficient is written NAME or NAME:parameter=value,parameter=value, where NAME is any that beta= takes, so also
+module:function for your own. What changes during training is drawn as it is at the start.
+
+examples:
+  python -m sb3_klip.plot landscape
+  python -m sb3_klip.plot landscape step rollback:slope=1 my_package.my_module:my_function -o figures/mine
+  python -m sb3_klip.plot gradient step fixed:value=3,estimator=k3 sigmoid:temperature=0.1 --clip-range 0.1 --size column
+
+  model.learn(100_000, callback=sb3_klip.callbacks.CSVLogCallback("my_run/progress.csv"))   (in Python, then)
+  python -m sb3_klip.plot distribution my_run
+"""
+
+
+def read_coefficient(text: str) -> tuple[str, Coefficient]:
+    """
+    Read a coefficient as it is written on the command line.
+
+    :param text: ``name`` or ``name:key=value,key=value``, the name as :func:`sb3_klip.coefficients.make` takes it
+    :return: label for a figure, and the coefficient
+    :raises ValueError: if a name or value is not valid, or the coefficient is no function of ratio and advantage
+    :raises TypeError: if a parameter is unknown or of a wrong type
+    """
+    name, _, settings = text.rpartition(":")
+    label, parameters = f"{name} ({settings.replace(',', ', ')})", dict[str, Any]()
+    if "=" in settings:
+        parameters = {key: _number(value) for key, _, value in (setting.partition("=") for setting in settings.split(","))}
+    else:  # a plain name, or the function in module:function
+        name = label = text
+    coefficient = make(name, **parameters)
+    if coefficient.estimator == "analytic":
+        choice = f" Its estimates can be: '{name}:estimator=k3', or k1." if "estimator" in coefficient.parameters else ""
+        raise ValueError(
+            f"{text!r} penalises the analytic KL divergence, which cannot be drawn over ratio and advantage.{choice}"
+        )
+    if needs := [key for key in coefficient.requests if key != "progress"]:
+        raise ValueError(f"{text!r} cannot be drawn over ratio and advantage, as it also depends on {' and '.join(needs)}")
+    return label, coefficient
+
+
+def beta(coefficient: Coefficient, ratio: np.ndarray, advantages: np.ndarray, clip_range: float = 0.2) -> np.ndarray:
+    """
+    β, the coefficient of log π in the objective ``w Â + β log π``.
+
+    :param coefficient: a function of ratio and advantage only
+    :param ratio: importance ratio w, any shape
+    :param advantages: advantage Â, same shape
+    :param clip_range: half-width ε
+    :return: β, same shape
+    """
+    # In the precision of a training, as a coefficient of the user's own may know no other.
+    w, a = (th.as_tensor(array, dtype=th.float32) for array in (ratio, advantages))
+    return per_sample_beta(w, a, *coefficient(w, a, clip_range), coefficient.estimator).numpy()
+
+
+def gradient_multiplier(
+    coefficient: Coefficient, ratio: np.ndarray, advantages: np.ndarray, clip_range: float = 0.2
+) -> np.ndarray:
+    """
+    What multiplies ``Â ∇log π(a|s)`` in the gradient: ``(w Â + β) / Â``, which is ``w (1 - g)`` for a coefficient with a gate.
+
+    :param coefficient: a function of ratio and advantage only
+    :param ratio: importance ratio w, any shape
+    :param advantages: advantage Â, same shape, not 0
+    :param clip_range: half-width ε
+    :return: w where a sample is left alone, 0 where it is removed, negative where it is pushed back; same shape
+    """
+    return ratio + beta(coefficient, ratio, advantages, clip_range) / advantages
+
+
+def landscape(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, shape: Shape = README) -> Figure:
+    """
+    β over ratio and advantage, a panel for each coefficient; to be drawn within :func:`sb3_klip.figures.style`.
+
+    :param coefficients: by label
+    :param clip_range: half-width ε
+    :param shape: width and height of one row of panels, in inches
+    """
+    columns = min(len(coefficients), 3)
+    rows = -(-len(coefficients) // columns)
+    size = (shape[0], rows * shape[1])
+    figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
+    ratio, advantages = np.meshgrid(_centres(0, 2, 400), _centres(-2, 2, 400))
+    norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
+    levels = [*(-level for level in reversed(LEVELS)), *LEVELS]
+    signs = ["-" if level > 0 else "--" for level in levels]
+    for axis, (label, coefficient) in zip(axes.flat, coefficients.items(), strict=False):
+        values = beta(coefficient, ratio, advantages, clip_range)
+        image = axis.imshow(values, "vlag", norm, extent=(0, 2, -2, 2), origin="lower", aspect="auto")
+        axis.contour(ratio, advantages, values, levels, colors="black", linewidths=0.6, linestyles=signs)
+        for bound in (1 - clip_range, 1 + clip_range):
+            axis.axvline(bound, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(textwrap.fill(label, _characters(shape[0] / columns)), fontsize="medium")
+        axis.set(xticks=(0, 1, 2), yticks=(-2, -1, 0, 1, 2))
+        axis.grid(False)
+    for axis, above in zip(axes.flat[len(coefficients) :], axes.flat[len(coefficients) - columns :], strict=False):
+        axis.set_axis_off()
+        above.tick_params(labelbottom=True)
+    figure.supxlabel(f"importance ratio w (dotted: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
+    figure.supylabel("advantage Â", fontsize="medium")
+    bar = figure.colorbar(image, ax=axes, aspect=20 * rows, extend="both", ticks=[*levels, 0], format="{x:g}")
+    bar.set_label("β (solid: > 0, dashed: < 0)")
+    bar.minorticks_off()
+    return figure
+
+
+def gradient(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, shape: Shape = README) -> Figure:
+    """
+    :func:`gradient_multiplier` over the ratio, for advantages of +1 and -1; to be drawn within :func:`sb3_klip.figures.style`.
+
+    :param coefficients: by label
+    :param clip_range: half-width ε
+    :param shape: width, and height without the legend, in inches
+    """
+    characters = [len(label) + 7 for label in coefficients]
+    room = _characters(shape[0])
+    columns = len(characters) if sum(characters) <= room else max(1, room // max(characters))
+    legend = -(-len(characters) // columns) * 1.6 * plt.rcParams["font.size"] / 72
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(shape[0], shape[1] + legend))
+    ratio = _centres(0, 2, 1000)
+    shown = list(MULTIPLIERS)
+    for axis, sign in zip(axes, (1, -1), strict=True):
+        axis.axvspan(1 - clip_range, 1 + clip_range, color="0.9")
+        axis.axhline(0, color="black", linewidth=0.6)
+        for coefficient, line in zip(coefficients.values(), figures.line_styles(len(coefficients)), strict=True):
+            multiplier = gradient_multiplier(coefficient, ratio, np.full_like(ratio, sign), clip_range)
+            axis.plot(ratio, multiplier, **line)
+            shown.extend(multiplier[np.abs(ratio - 1) < clip_range])
+        axis.set_title("Â = +1" if sign > 0 else "Â = −1", fontsize="medium")
+        axis.set(xlim=(0, 2), xticks=(0, 0.5, 1, 1.5, 2), xticklabels=("0", "0.5", "1", "1.5", "2"))
+    low, high = axes[0].get_ylim()
+    axes[0].set(ylabel="multiplier of Â ∇log π(a|s)", ylim=(max(low, min(shown)), min(high, max(shown))))
+    figure.supxlabel(f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
+    lines = axes[0].get_lines()[1:]
+    figure.legend(lines, list(coefficients), loc="outside upper center", ncols=columns, handlelength=3)
+    return figure
+
+
+def distribution(log: pd.DataFrame, shape: Shape = README) -> Figure:
+    """
+    Percentiles of β, and the kill and pass fractions, over a run; to be drawn within :func:`sb3_klip.figures.style`.
+
+    The analytic KL divergence has no β per sample. Where it is penalised, its weight is drawn.
+
+    :param log: as from :func:`read_log`
+    :param shape: width and height of one row of panels, in inches
+    """
+    rows, columns = (2, 1) if shape[0] < 5 else (1, 2)
+    figure, (left, right) = plt.subplots(rows, columns, sharex=True, figsize=(shape[0], rows * shape[1]))
+    updates = -(-len(log) // POINTS)
+    log = log.groupby(np.arange(len(log)) // updates).mean()
+    steps = log["time/total_timesteps"]
+    if WEIGHT in log and not log[BETAS].any(axis=None):
+        left.plot(steps, log[WEIGHT], color="black", label="weight on the KL divergence")
+        left.set_ylabel("b")
+    else:
+        for i, grey in enumerate(("0.85", "0.7", "0.5")):
+            label = f"{PERCENTILES[i]}–{PERCENTILES[-1 - i]} %"
+            left.fill_between(steps, log[BETAS[i]], log[BETAS[-1 - i]], color=grey, linewidth=0, label=label)
+        left.plot(steps, log["train/beta_p50"], color="black", label="median")
+        left.set_ylabel("β")
+    for key, line in zip(FRACTIONS, figures.line_styles(2), strict=True):
+        right.plot(steps, log[key], label=key.removeprefix("train/").replace("_", " "), **line)
+    right.set(ylabel="share of samples", ylim=(0, None))
+    for axis in (left, right):
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, columnspacing=1, handlelength=1.5)
+        axis.xaxis.set_major_formatter(EngFormatter())
+    figure.supxlabel("environment steps" + f" (means of {updates} updates)" * (updates > 1), fontsize="medium")
+    return figure
+
+
+def read_log(run: Path) -> pd.DataFrame:
+    """
+    The log of a run, from its first update on.
+
+    :param run: a ``progress.csv`` that :class:`~sb3_klip.callbacks.CSVLogCallback` wrote, or a folder with one below it
+    :raises ValueError: if there is no such file, or more than one, or it does not have what is drawn
+    """
+    if not run.exists():
+        hint = did_you_mean(run.name, (path.name for path in run.parent.glob("*")))
+        raise ValueError(f"run {str(run)!r} does not exist; it must be a progress.csv, or a folder with one below it.{hint}")
+    files = sorted(run.rglob("progress.csv")) if run.is_dir() else [run]
+    if len(files) != 1:
+        found = "".join(f"\n  {file}" for file in files) or " none; sb3_klip.callbacks.CSVLogCallback writes it."
+        raise ValueError(f"run {str(run)!r} must have exactly one progress.csv below it, but has{found}")
+    needed = ["time/total_timesteps", *FRACTIONS, *BETAS]
+    numbers = dict.fromkeys((*needed, WEIGHT), float)
+    try:
+        log = pd.read_csv(files[0], usecols=lambda column: column in numbers, dtype=numbers)
+    except ValueError as error:  # pandas' own errors are, and so are those of a file that is no text
+        raise ValueError(f"run {str(files[0])!r} is no log in CSV: {error}") from error
+    missing = [key for key in needed if key not in log]
+    if missing or (log := log.dropna(subset=needed)).empty:
+        lacks = ", ".join(missing) or "complete row"
+        raise ValueError(f"run {str(files[0])!r} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
+    return log
+
+
+def _centres(low: float, high: float, count: int) -> np.ndarray:
+    """The centres of equal parts; the bounds at which coefficients jump are not among them."""
+    return low + (np.arange(count) + 0.5) * (high - low) / count
+
+
+def _characters(inches: float) -> int:
+    """How many characters fit."""
+    return int(inches * 72 / (0.6 * plt.rcParams["font.size"]))
+
+
+def _number(text: str) -> Any:
+    """A number where it is one, else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _one_of(argument: str, given: str, names: Collection[str]) -> None:
+    if given not in names:
+        raise ValueError(f"{argument}: {given!r} must be one of {', '.join(names)}.{did_you_mean(given, names)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    form: dict[str, Any] = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m sb3_klip.plot", description="Draw a figure, as SVG and as PNG.", **form)
+    commands = parser.add_subparsers(dest="figure", metavar="FIGURE", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"Draws {text}.", **form)
+        if name in DEFAULTS:
+            drawn = f"coefficient (default: {' '.join(DEFAULTS[name])})"
+            command.add_argument("given", metavar="BETA", nargs="*", default=DEFAULTS[name], help=drawn)
+            bounds = "half-width of the band around a ratio of 1 (default: %(default)s)"
+            command.add_argument("--clip-range", metavar="E", type=float, default=0.2, help=bounds)
+        else:
+            where = "a progress.csv of CSVLogCallback, or a folder with one below it"
+            command.add_argument("given", metavar="RUN", type=Path, help=where)
+        where = f"files to write, without .svg and .png, or a folder (default: ./{name})"
+        command.add_argument("-o", "--output", metavar="PATH", type=Path, default=Path(), help=where)
+        command.add_argument("--size", default="readme", help=f"{' or '.join(figures.SIZES)} (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    The command.
+
+    :param argv: its arguments; None for those of the process
+    :return: exit status
+    :raises SystemExit: if an argument is not valid; its code is 2
+    """
+    parser = _parser()
+    try:
+        _run(parser, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    try:
+        if argv and not argv[0].startswith("-"):
+            _one_of("FIGURE", argv[0], COMMANDS)
+        args = parser.parse_args(argv)
+        _one_of("--size", args.size, figures.SIZES)
+        if args.figure == "distribution":
+            draw = partial(distribution, read_log(args.given))
+        else:
+            if not 0 < args.clip_range < 1:
+                raise ValueError(f"--clip-range: {args.clip_range} must be between 0 and 1")
+            function = landscape if args.figure == "landscape" else gradient
+            draw = partial(function, dict(map(read_coefficient, args.given)), args.clip_range)
+    except (TypeError, ValueError, OSError) as error:
+        parser.error(str(error))
+    with figures.style(args.size) as shape:
+        figure = draw(shape)
+        path = args.output / args.figure if args.output.is_dir() else args.output
+        try:
+            print(*figures.save(figure, path.with_suffix("") if path.suffix in (".svg", ".png") else path), sep="\n")
+        except OSError as error:
+            parser.error(f"--output: {str(path)!r} cannot be written: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
