@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,29 +12,36 @@ from matplotlib.figure import Figure
 from rliable import library as rly
 
 from sb3_klip.benchmark.results import Result
-from sb3_klip.figures import line_styles, style
+from sb3_klip.figures import line_styles, save, style
 
 #: Panels side by side.
 COLUMNS = 4
 
 
-def draw_all(
-    results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], scores: Mapping[str, np.ndarray]
-) -> dict[str, Figure]:
+def save_all(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    scores: Mapping[str, np.ndarray],
+    folder: Path,
+) -> dict[str, str]:
     """
-    All figures that the results allow.
+    Draw all figures that the results allow.
 
     :param results: the finished cells
     :param tasks: in the order of the panels
     :param methods: in the order of the lines
     :param scores: normalised, seeds × tasks, by method
-    :return: figure by title
+    :param folder: where the files go
+    :return: name of the SVG file by title
     """
     sweeps = sorted({method.split("=")[0] for method in methods if "=" in method})
     figures: dict[str, Figure] = {}
     with style() as size:
         if not sweeps:
-            figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=methods), size, "return")
+            # PPO's lines would be those of step, and have a figure of their own.
+            lines = [method for method in methods if method != "ppo" or "step" not in methods]
+            figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
         if {"ppo", "step"} <= set(methods):
             figures["PPO and KLipPPO"] = _by_task(results, tasks, _ppo_and_step, size, "return")
         if any("kill_fraction" in result.curve for result in results):
@@ -43,7 +51,7 @@ def draw_all(
             figures[f"Sweep of {knob}"] = _by_task(results, tasks, partial(_sweep, knob=knob), size, "return", knob)
         if len(scores) > 1:
             figures["Performance profiles"] = _profiles(scores, size)
-    return figures
+        return {title: save(figure, folder / title.lower().replace(" ", "_"))[0].name for title, figure in figures.items()}
 
 
 def _by_task(

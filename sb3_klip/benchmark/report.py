@@ -11,11 +11,10 @@ from rliable import library as rly
 from rliable import metrics
 
 from sb3_klip.benchmark import paper
-from sb3_klip.benchmark.figures import draw_all
+from sb3_klip.benchmark.figures import save_all
 from sb3_klip.benchmark.folder import MANIFEST, read_folder
 from sb3_klip.benchmark.results import Result
 from sb3_klip.checkpoint import write_atomically
-from sb3_klip.figures import save
 
 #: Resamples of the bootstrap, and the generator that draws them, so that the same results give the same report.
 RESAMPLES, SEED = 5000, 0
@@ -44,12 +43,9 @@ def write_report(folder: Path) -> bool:
         sections += [_markdown(kill_table(frame))]
     scored, scores = score_matrices(frame)
     sections += ["## Interquartile means, by task", _by_task(frame), *_together(scored, scores)]
-    drawn = draw_all(results, list(frame["task"].cat.categories), list(frame["method"].cat.categories), scores)
-    sections.append("## Figures")
-    for title, figure in drawn.items():
-        stem = title.lower().replace(" ", "_")
-        save(figure, folder / "figures" / stem)
-        sections.append(f"![{title}](figures/{stem}.svg)")
+    tasks, methods = (list(frame[column].cat.categories) for column in ("task", "method"))
+    drawn = save_all(results, tasks, methods, scores, folder / "figures")
+    sections += ["## Figures", *(f"![{title}](figures/{name})" for title, name in drawn.items())]
     write_atomically(folder / "report.md", ("\n\n".join(sections) + "\n").encode())
     return bool(identity["identical"].eq("yes").all())
 

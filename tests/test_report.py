@@ -1,0 +1,221 @@
+"""``python -m sb3_klip.benchmark report``: the tables, the statistics and the figures, from results that are made up here."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rliable import metrics
+
+from sb3_klip.benchmark import paper, report
+from sb3_klip.benchmark.__main__ import main
+from sb3_klip.benchmark.cell import PACKAGES
+from sb3_klip.benchmark.folder import open_folder
+from sb3_klip.benchmark.results import POINTS, Result, write_result
+from sb3_klip.benchmark.suite import read_suite
+from sb3_klip.diagnostics import PERCENTILES
+
+
+def result(task: str, method: str, seed: int, final: float, digest: str = "", first: float = 0.0) -> Result:
+    """A finished cell whose return rises in a line from ``first`` to ``final``."""
+    steps = np.linspace(0, 1000, POINTS + 1)[1:]
+    curve = pd.DataFrame({"timesteps": steps.astype(int), "episodes": 1, "return": np.linspace(first, final, POINTS)})
+    about = {"task": task, "method": method, "seed": seed, "algo": "ppo" if method == "ppo" else "klip_ppo"}
+    about |= {"hyperparams": {}, "timesteps": 1000, "episodes": POINTS, "episodes_sha256": digest or f"{task} {seed}"}
+    about |= {"final_return": final, "final_episodes": 10, "command": "python -m rl_zoo3.train …", "commit": None}
+    about |= {"versions": {"python": "3.11", **dict.fromkeys(PACKAGES, "1.0")}, "processor": "one", "seconds": 60}
+    if method != "ppo":
+        about["peak_kill_fraction"] = 0.125
+        for name in ("kill_fraction", "pass_fraction"):
+            curve[name] = np.linspace(0, 0.1, POINTS)
+        for level in PERCENTILES:
+            curve[f"beta_p{level:02}"] = (level - 50) / 50
+    return Result(about, curve)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes results into the folder of a suite."""
+
+    def make(results: list[Result], suite: str = "paper") -> Path:
+        folder = tmp_path / suite
+        open_folder(folder, read_suite(suite), 1)
+        for each in results:
+            about = each.about
+            write_result(folder / "results" / about["task"] / about["method"] / f"seed-{about['seed']}.csv", each)
+        return folder
+
+    return make
+
+
+def table(text: str, after: str) -> list[list[str]]:
+    """The rows of the first table after some text, without its header."""
+    rows = text[text.index(after) :].split("\n| ", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
+
+
+def test_means_and_standard_deviations(make, capsys):
+    results = [result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
+    results += [result("Hopper-v4", "fixed", 0, 2616), result("CartPole-v1", "step", 0, 500)]
+    folder = make(results)
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    # One third of the squared deviations would be 327; seeds are a sample, so it is one half of them.
+    assert table(text, "## Return in the last") == [
+        ["Hopper-v4", "2400 ± 400 (3)", "2616 (1)"],
+        ["CartPole-v1", "500 (1)", "–"],
+    ]
+
+
+def test_against_the_paper(make):
+    hopper = [result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
+    ant = [result("Ant-v4", "fixed", seed, final) for seed, final in enumerate((100, 110))]
+    folder = make([*hopper, *ant, result("Walker2d-v4", "adaptive", 0, 4014), result("Walker2d-v4", "step", 0, 3000)])
+    main(["report", str(folder)])
+    rows = table((folder / "report.md").read_text(), "## Against the paper")
+    assert rows == [
+        ["Hopper-v4", "step", "3", "2400 ± 400", "2598 ± 278", "yes"],
+        ["Walker2d-v4", "step", "1", "3000", "3717 ± 425", "no"],
+        ["Walker2d-v4", "adaptive", "1", "4014", "3639 ± 374", "no"],  # one more than the interval's end
+        ["Ant-v4", "fixed", "2", "105 ± 7", "16 ± 16", "no"],
+    ]
+
+
+def test_peak_kill_fractions():
+    frame = pd.DataFrame(
+        {"task": ["Hopper-v4", "Hopper-v4", "CartPole-v1"], "method": "step", "peak_kill_fraction": [0.1, 0.2, 0.05]}
+    )
+    rows = report.kill_table(frame).to_numpy().tolist()
+    assert rows == [["CartPole-v1", "0.050", "–"], ["Hopper-v4", "0.150", "0.107"]]
+
+
+@pytest.mark.parametrize(("digest", "status", "verdict"), [("same", 0, "yes"), ("other", 1, "**no**")])
+def test_identity_cell_by_cell(make, digest, status, verdict):
+    cells = [result("Hopper-v4", "step", 0, 2000, "same"), result("Hopper-v4", "step", 1, 2000, "another")]
+    folder = make([*cells, result("Hopper-v4", "ppo", 0, 2000, digest), result("CartPole-v1", "ppo", 3, 500)])
+    assert main(["report", str(folder)]) == status
+    # The seed that only step has run, and the task that only PPO has, are not compared.
+    assert table((folder / "report.md").read_text(), "cell by cell") == [["Hopper-v4", "0", str(POINTS), verdict]]
+
+
+def test_paper_numbers_are_those_of_the_spec():
+    assert paper.RETURNS["Humanoid-v4"]["fixed"] == (342, 31)
+    assert all(methods["ppo"] == methods["step"] for methods in paper.RETURNS.values())
+    assert set(paper.RETURNS) == {cell.task for cell in read_suite("paper").cells}
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def frame_of(finals: dict[tuple[str, str], list[float]], first: float = 0.0) -> pd.DataFrame:
+    rows = [
+        {"task": task, "method": method, "seed": seed, "final_return": final, "first_return": first}
+        for (task, method), values in finals.items()
+        for seed, final in enumerate(values)
+    ]
+    frame = pd.DataFrame(rows)
+    return frame.assign(task=pd.Categorical(frame["task"]), method=pd.Categorical(frame["method"]))
+
+
+def test_scores_are_zero_at_the_start_and_one_where_the_reference_ends():
+    finals = {("A", "step"): [90.0, 110.0], ("A", "fixed"): [60.0, 160.0], ("B", "step"): [1000.0, 3000.0]}
+    tasks, scores = report.score_matrices(frame_of({**finals, ("B", "fixed"): [2000.0, 10.0]}, first=10.0))
+    assert tasks == ["A", "B"]
+    np.testing.assert_allclose(scores["step"], [[80 / 90, 990 / 1990], [100 / 90, 2990 / 1990]])
+    np.testing.assert_allclose(scores["fixed"], [[50 / 90, 1.0], [150 / 90, 0.0]])
+
+
+def test_scores_take_as_many_seeds_as_all_have():
+    finals = {("A", "step"): [1.0, 2.0, 3.0], ("A", "fixed"): [1.0, 2.0], ("B", "step"): [1.0, 2.0], ("B", "fixed"): [1.0]}
+    tasks, scores = report.score_matrices(frame_of(finals))
+    assert tasks == ["A"]
+    assert {matrix.shape for matrix in scores.values()} == {(2, 1)}
+
+
+def test_no_statistics_of_single_seeds(make):
+    assert report.score_matrices(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0]})) == ([], {})
+    folder = make([result("Hopper-v4", "step", 0, 2000), result("Hopper-v4", "fixed", 0, 2616)])
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert "No cell has more than one seed yet." in text
+    assert "confidence" not in text
+
+
+def test_aggregates_are_rliables():
+    generator = np.random.default_rng(0)
+    scores = {"step": generator.normal(1.0, 0.1, (5, 3)), "better": generator.normal(2.0, 0.1, (5, 3))}
+    rows = {row[0]: row[1:] for row in report.aggregate_table(scores, "step").to_numpy().tolist()}
+    assert rows["step"][1] == "–"
+    assert rows["better"][1] == "1.00 [1.00, 1.00]"
+    point, interval = rows["better"][0].split(" ", 1)
+    assert float(point) == round(float(metrics.aggregate_iqm(scores["better"])), 2)
+    low, high = json.loads(interval)
+    assert low <= float(point) <= high
+    assert low < high
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_paper_suite(make):
+    results = [result(task, "step", seed, 2000 + seed) for task in ("Hopper-v4", "Ant-v4") for seed in (0, 1)]
+    results += [result(task, "fixed", seed, 1000) for task in ("Hopper-v4", "Ant-v4") for seed in (0, 1)]
+    results.append(result("Hopper-v4", "ppo", 0, 2000))
+    folder = make(results)
+    assert main(["report", str(folder)]) == 0
+    names = {"learning_curves", "ppo_and_klipppo", "partition", "beta", "performance_profiles"}
+    files = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+    assert set(files) == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
+    for name in names:
+        assert f"(figures/{name}.svg)" in (folder / "report.md").read_text()
+    # The same results give the same files.
+    before = (folder / "report.md").read_bytes()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.md").read_bytes() == before
+    changed = {name for name, content in files.items() if (folder / "figures" / name).read_bytes() != content}
+    assert changed <= {"performance_profiles.svg", "performance_profiles.png"}  # rliable draws its bands at random
+
+
+def test_figures_of_sweeps(make):
+    methods = ("clip_range=0.2", "clip_range=0.1", "fixed=0.3", "fixed=1")
+    folder = make([result("CartPole-v1", method, 0, 300 + i) for i, method in enumerate(methods)], "knobs")
+    assert main(["report", str(folder)]) == 0
+    drawn = {path.stem for path in (folder / "figures").glob("*.svg")}
+    assert {"sweep_of_clip_range", "sweep_of_fixed"} <= drawn
+    assert "learning_curves" not in drawn
+
+
+def test_a_run_without_episodes_in_its_last_tenth(make):
+    unfinished = result("Hopper-v4", "step", 0, 2000)
+    unfinished.about["final_return"] = None
+    unfinished.curve.loc[POINTS // 2 :, "return"] = np.nan
+    folder = make([unfinished, result("Hopper-v4", "fixed", 0, 1000), result("Hopper-v4", "step", 1, 3000)])
+    assert main(["report", str(folder)]) == 0
+    assert table((folder / "report.md").read_text(), "## Return in the last") == [["Hopper-v4", "3000 (1)", "1000 (1)"]]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_refuses_what_is_no_suite(tmp_path, make, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "is not the folder of a suite" in capsys.readouterr().err
+    folder = make([])
+    assert main(["report", str(folder)]) == 2
+    assert "no finished cells yet" in capsys.readouterr().err
+    damaged = folder / "results" / "Hopper-v4" / "step" / "seed-0.csv"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("# {not json\n")
+    assert main(["report", str(folder)]) == 2
+    assert str(damaged) in capsys.readouterr().err
+
+
+def test_committed_results_are_read_and_identical():
+    """What the README shows is made from these."""
+    for folder in sorted(Path(__file__).parents[1].glob("benchmarks/results/*/suite.json")):
+        name, results = report.read_folder(folder.parent)
+        assert name == folder.parent.name
+        frame = report._frame(folder.parent, results)
+        assert report.identity_table(frame)["identical"].eq("yes").all()
