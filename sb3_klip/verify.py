@@ -139,11 +139,11 @@ class Verdict(NamedTuple):
 # -- in the two processes ----------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace, algo: str, conf: str, connection: Connection) -> None:
+def _train(options: argparse.Namespace, algo: str, conf: str, logs: str, connection: Connection) -> None:
     """One of the two trainings; everything that it has to tell goes through the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
     try:
-        with tempfile.TemporaryDirectory() as logs, Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
+        with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
             model, callbacks = _make(options, algo, conf, logs)
             model.learn(options.n_timesteps, callback=[_Reporter(connection, options.estimator == "analytic"), *callbacks])
         connection.send(("end", None))
@@ -324,11 +324,11 @@ def _per_sample_gradient(values: th.Tensor, parameters: Parameters) -> th.Tensor
 class _Training:
     """The other end of one of the two trainings."""
 
-    def __init__(self, options: argparse.Namespace, algo: str, conf: str):
+    def __init__(self, options: argparse.Namespace, algo: str, conf: str, logs: str):
         context = multiprocessing.get_context("spawn")
         self.algo = algo
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_train, args=(options, algo, conf, theirs), daemon=True)
+        self.process = context.Process(target=_train, args=(options, algo, conf, logs, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -541,13 +541,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         with tempfile.TemporaryDirectory() as folder:
             conf = _write_conf(options, Path(folder))
-            base, ours = (_Training(options, algo, conf) for algo in PAIRS[options.algo])
+            base, ours = (_Training(options, algo, conf, folder) for algo in PAIRS[options.algo])
             try:
                 with Live(comparison.table(), console=console, transient=True) as live:
                     verdict = comparison.run(base, ours, live)
             finally:
-                base.process.kill()
-                ours.process.kill()
+                for training in (base, ours):
+                    training.process.kill()
+                    training.process.join()  # or it would still write into the folder
         if comparison.updates > 0:
             console.print(comparison.table())
     except ValueError as error:

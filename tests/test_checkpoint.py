@@ -1,5 +1,6 @@
 """Checkpoints of any age and origin: what loads, what is refused and with which words, and what a stranger's file can do."""
 
+import ast
 import base64
 import builtins
 import collections
@@ -11,6 +12,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -1283,6 +1285,116 @@ def test_parameters_in_both_directions(ours, name, tmp_path):
             other.set_parameters(parameters)
             assert_identical(other, model)
             assert any(not th.equal(tensor, before[key]) for key, tensor in state_tensors(other).items())
+
+
+# -- policies that were compiled -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "ours", "name"), [*((v[0], *v) for v in VARIANTS), *((BASES[v[0]], *v) for v in VARIANTS)])
+def test_parameters_of_a_policy_that_was_compiled(source, ours, name, tmp_path):
+    """Older versions of SB3 saved the names that torch.compile gives to parameters."""
+    model, checkpoint = trained(source, name)
+    state = th.load(io.BytesIO(members(checkpoint)["policy.pth"]), weights_only=True)
+    renamed = io.BytesIO()
+    th.save({f"_orig_mod.{key}": tensor for key, tensor in state.items()}, renamed)
+    old = edited(checkpoint, files={"policy.pth": renamed.getvalue()})
+    (tmp_path / "model.zip").write_bytes(old)
+
+    with collected() as messages:
+        loaded = load(old, ours, env=task(name))
+    assert messages == []
+    assert_identical(loaded, model)
+    assert not any(key.startswith("_orig_mod.") for key in loaded.policy.state_dict())
+    loaded.learn(32)
+    assert_predicts_alike(load(content(loaded), ours), loaded)
+
+    parameters = model.get_parameters()
+    parameters["policy"] = {f"_orig_mod.{key}": tensor for key, tensor in parameters["policy"].items()}
+    for source_of in (str(tmp_path / "model"), parameters):
+        other = small(ours, task(name)).learn(32)
+        before = {key: tensor.clone() for key, tensor in state_tensors(other).items()}
+        other.set_parameters(source_of)
+        assert_identical(other, model)
+        assert any(not th.equal(tensor, before[key]) for key, tensor in state_tensors(other).items())
+    assert all(key.startswith("_orig_mod.") for key in parameters["policy"])  # the caller's own is as it was
+
+
+def test_parameters_of_a_policy_that_was_compiled_and_is_another():
+    """The names that are compared are those without what torch.compile adds."""
+    model = small(KLipPPO, task("box"))
+    parameters = small(KLipPPO, task("box"), policy_kwargs={"net_arch": [9]}).get_parameters()
+    parameters["policy"] = {f"_orig_mod.{key}": tensor for key, tensor in parameters["policy"].items()}
+    before = {key: tensor.clone() for key, tensor in state_tensors(model).items()}
+    with pytest.raises(ValueError, match=r"mlp_extractor\.policy_net\.0\.weight") as caught:
+        model.set_parameters(parameters)
+    assert "_orig_mod" not in str(caught.value)
+    assert all(th.equal(tensor, before[key]) for key, tensor in state_tensors(model).items())
+
+
+# -- statistics beside a checkpoint ----------------------------------------------------------------------------------------
+
+
+def vectorized():
+    return DummyVecEnv([lambda: task("box")])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "statistics"),
+    [
+        ("rl_model_32_steps.zip", "rl_model_vecnormalize_32_steps.pkl"),  # SB3's CheckpointCallback
+        ("ppo_Task_1000_steps.zip", "ppo_Task_vecnormalize_1000_steps.pkl"),
+        ("Task-v0.zip", "Task-v0/vecnormalize.pkl"),  # RL Zoo
+        ("best_model.zip", "Task-v0/vecnormalize.pkl"),
+        ("rl_model_32_steps.zip", "Task-v0/vecnormalize.pkl"),
+        ("model.zip", "vec_normalize.pkl"),
+    ],
+)
+@pytest.mark.parametrize("algorithm", [KLipPPO, PPO])
+def test_statistics_that_env_does_not_have(tmp_path, checkpoint, statistics, algorithm):
+    path, file = tmp_path / checkpoint, tmp_path / statistics
+    path.write_bytes(trained(algorithm, "box")[1])
+    file.parent.mkdir(exist_ok=True)
+    if file.parent != tmp_path:
+        (file.parent / "config.yml").write_text(yaml.dump({"policy": "MlpPolicy", "normalize": True}))
+    for env in (task("box"), vectorized()):
+        with collected() as messages:
+            KLipPPO.load(path, env=env, device="cpu")
+        assert messages == []  # there is nothing beside it yet
+
+    saved_statistics(normalized(), file)
+    for place in (path, str(path), path.with_suffix("")):
+        for env in (task("box"), vectorized()):
+            with collected() as messages:
+                model = KLipPPO.load(place, env=env, device="cpu")
+            (message,) = messages
+            assert "learned from normalized observations or rewards" in message
+            (wrap,) = re.findall(r"env = sb3_klip\.load_vecnormalize\((.*), env\)$", message)
+            assert pathlib.Path(ast.literal_eval(wrap)) == file
+            assert model.get_vec_normalize_env() is None
+
+    # The advice is good, and whoever follows it is left in peace; so is who does not train.
+    for env in (VecNormalize(vectorized()), load_vecnormalize(ast.literal_eval(wrap), vectorized())):
+        with collected() as messages:
+            model = KLipPPO.load(path, env=env, device="cpu")
+        assert messages == []
+        assert model.get_vec_normalize_env() is env
+    with collected() as messages:
+        KLipPPO.load(path, device="cpu")
+        KLipPPO.load(io.BytesIO(path.read_bytes()), env=task("box"), device="cpu")
+    assert messages == []
+
+
+@pytest.mark.parametrize(
+    "name", ["rl_model_vecnormalize_64_steps.pkl", "other_vecnormalize_32_steps.pkl", "Other/vecnormalize.pkl"]
+)
+def test_statistics_of_another_checkpoint(tmp_path, name):
+    path = tmp_path / "rl_model_32_steps.zip"
+    path.write_bytes(trained(KLipPPO, "box")[1])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    saved_statistics(normalized(), tmp_path / name)
+    with collected() as messages:
+        KLipPPO.load(path, env=task("box"), device="cpu")
+    assert messages == []
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------------
