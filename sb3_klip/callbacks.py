@@ -27,6 +27,7 @@ class CSVLogCallback(BaseCallback):
     def __init__(self, path: str | Path, verbose: int = 0):
         super().__init__(verbose)
         self.path = Path(path)
+        self._csv: CSVOutputFormat | None = None
 
     def _on_training_start(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +55,11 @@ class CSVLogCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        # RL Zoo ends the training of its first callback a second time.
-        if self._csv in self.logger.output_formats:
+        # RL Zoo ends the training of its first callback a second time, and one that did not begin, too.
+        if self._csv is not None:
             self.logger.output_formats.remove(self._csv)
             self._csv.close()
+            self._csv = None
 
 
 class BetaHistogramCallback(BaseCallback):

@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from sb3_klip.resume import read_generators, set_generators
+from sb3_klip.rollout import copied
 from sb3_klip.training import PerSampleKLTraining
 
 _BITS = {th.float64: th.int64, th.float32: th.int32, th.float16: th.int16, th.bfloat16: th.int16}
@@ -33,9 +34,10 @@ def ulps(a: th.Tensor, b: th.Tensor) -> int:
         lowest = th.iinfo(_BITS[tensor.dtype]).min
         places.append(th.where(bits < 0, lowest - bits, bits))
     largest = th.iinfo(th.int64).max
-    distance = (places[0] - places[1]).abs()
-    distance = distance.masked_fill(a.isnan() != b.isnan(), largest).masked_fill(a.isnan() & b.isnan(), 0)
-    return int(distance.masked_fill(distance < 0, largest).max())
+    # Negative only where it is too large for an integer, between double-precision numbers of opposite signs.
+    distance = th.maximum(*places) - th.minimum(*places)
+    distance = distance.masked_fill((distance < 0) | (a.isnan() != b.isnan()), largest)
+    return int(distance.masked_fill(a.isnan() & b.isnan(), 0).max())
 
 
 class Difference(NamedTuple):
@@ -71,9 +73,11 @@ class GradientRecorder:
     Keeps the gradient of each minibatch, as it is before it is clipped.
 
     :param policy: whose parameters' gradients to keep, until :meth:`remove`
+    :param most: of so many minibatches at most; of all if None
     """
 
-    def __init__(self, policy: th.nn.Module):
+    def __init__(self, policy: th.nn.Module, most: int | None = None):
+        self._most = most
         self._minibatches: list[dict[str, th.Tensor]] = []
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(functools.partial(self._keep, name))
@@ -84,6 +88,8 @@ class GradientRecorder:
     def _keep(self, name: str, parameter: th.Tensor) -> None:
         # A gradient that comes for the second time is that of the next minibatch.
         if not self._minibatches or name in self._minibatches[-1]:
+            if len(self._minibatches) == self._most:
+                return
             self._minibatches.append({})
         assert parameter.grad is not None
         self._minibatches[-1][name] = parameter.grad.detach().clone()
@@ -142,27 +148,38 @@ class IdentityCheckCallback(BaseCallback):
         if not isinstance(self.model, PerSampleKLTraining):
             name = type(self.model).__name__
             raise ValueError(f"IdentityCheckCallback compares this package's algorithms with PPO's, not {name}")
+        self._forget()  # an earlier training may have ended with an exception
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
         self._expected, self._expected_state = _update_by_base(self.model)  # type: ignore[arg-type]
-        self._recorder = GradientRecorder(self.model.policy)
+        # One more than there should be, to see that there are more; not all of them, if the training ends with an exception.
+        self._recorder = GradientRecorder(self.model.policy, len(self._expected) + 1)
 
     def _on_rollout_start(self) -> None:
         self._compare()
 
     def _on_training_end(self) -> None:
-        self._compare()
+        # RL Zoo calls this also after an interruption, which may have come in the middle of an update.
+        boundary = getattr(getattr(self, "model", None), "_boundary", None)
+        if boundary is not None and boundary.num_timesteps == self.model.num_timesteps:
+            self._compare()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Do not compare the update that is being recorded, if there is one."""
+        if self._recorder is not None:
+            self._recorder.remove()
+            self._recorder = None
 
     def _compare(self) -> None:
         """Compare the update that has ended, if there was one."""
         if self._recorder is None:
             return
         gradients = self._recorder.take()
-        self._recorder.remove()
-        self._recorder = None
+        self._forget()
         worst = compare_gradients(gradients, self._expected)
         worst = max(worst, largest_difference(state_tensors(self.model.policy), self._expected_state))
         if worst.ulps > 0 and self.difference.ulps == 0:
@@ -197,9 +214,9 @@ def _update_by_base(model: PerSampleKLTraining) -> tuple[list[dict[str, th.Tenso
     # The distribution that the policy holds may be in an autograd graph; each evaluation replaces it.
     action_dist = model.policy.action_dist
     twin.policy = copy.deepcopy(model.policy, {id(action_dist): copy.copy(action_dist)})
-    # Its arrays are replaced when samples are drawn, and not written to.
-    twin.rollout_buffer = copy.copy(model.rollout_buffer)
+    twin.rollout_buffer = copied(model.rollout_buffer)
     twin._logger = Logger(None, [])
+    twin.verbose = 0
     # SB3 does so between the rollout and the update.
     twin._update_current_progress_remaining(twin.num_timesteps, twin._total_timesteps)
     recorder = GradientRecorder(twin.policy)

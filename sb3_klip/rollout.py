@@ -1,5 +1,6 @@
 """What a coefficient may ask to know of each sample beyond what SB3's rollout buffers hand out."""
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,18 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
+
+
+def copied(buffer: RolloutBuffer) -> RolloutBuffer:
+    """
+    A copy of a rollout that stays as it is when samples are drawn from the other, which replaces arrays but writes to none.
+
+    :param buffer: any rollout buffer, from which no samples have been drawn yet
+    """
+    twin = copy.copy(buffer)
+    if isinstance(buffer.observations, dict):
+        twin.observations = dict(buffer.observations)  # type: ignore[assignment]
+    return twin
 
 
 def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor | None]]:

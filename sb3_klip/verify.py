@@ -7,7 +7,6 @@ give it, and sends the gradients of each update to this process, which compares 
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import importlib
 import multiprocessing
@@ -15,7 +14,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -42,11 +42,14 @@ from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 from sb3_klip.errors import did_you_mean
 from sb3_klip.identity import Difference, GradientRecorder, largest_difference, state_tensors
 from sb3_klip.partition import partition
+from sb3_klip.rollout import copied
 from sb3_klip.training import PerSampleKLTraining, make_beta
 
 #: The algorithms that are compared, by what ``--algo`` calls them.
 PAIRS = {"ppo": ("ppo", "klip_ppo"), "lstm": ("ppo_lstm", "klip_ppo_lstm"), "mask": ("ppo_mask", "klip_ppo_mask")}
 HYPERPARAMS = ("zoo", "paper", "default")
+#: Arguments that PPO does not have.
+OURS = ("beta_kwargs", "log_kl", "compile")
 
 EPILOG = """\
 examples:
@@ -109,7 +112,6 @@ class Update(NamedTuple):
     What a training tells of an update, after the gradients of its minibatches.
 
     :param steps: of the environment, so far
-    :param rollout: digest of the observations, actions and rewards that it was made from
     :param state: parameters and optimizer state after it
     :param kill: share of samples whose gradient the clip removes; None for PPO
     :param passed: share of samples outside the band that are let through, likewise
@@ -117,7 +119,6 @@ class Update(NamedTuple):
     """
 
     steps: int
-    rollout: str
     state: Arrays
     kill: float | None
     passed: float | None
@@ -139,12 +140,13 @@ class Verdict(NamedTuple):
 # -- in the two processes ----------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace, algo: str, conf: str, logs: str, connection: Connection) -> None:
+def _train(options: argparse.Namespace, algo: str, folder: str, conf: str, connection: Connection) -> None:
     """One of the two trainings; everything that it has to tell goes through the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
+    tempfile.tempdir = folder  # where SB3 and torch leave things as well
     try:
         with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-            model, callbacks = _make(options, algo, conf, logs)
+            model, callbacks = _make(options, algo, conf, folder)
             model.learn(options.n_timesteps, callback=[_Reporter(connection, options.estimator == "analytic"), *callbacks])
         connection.send(("end", None))
     except (BrokenPipeError, EOFError):
@@ -164,6 +166,8 @@ def _make(options: argparse.Namespace, algo: str, conf: str, logs: str) -> tuple
     params = dict(options.params)
     if algo == PAIRS[options.algo][1]:
         params["beta"] = "sb3_klip.verify:analytic_step" if options.estimator == "analytic" else options.beta
+    else:
+        params = {name: value for name, value in params.items() if name not in OURS}
     set_random_seed(options.seed)
     manager = ExperimentManager(
         options,
@@ -206,8 +210,8 @@ class _Reporter(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        # Its arrays are replaced when samples are drawn or the next rollout begins, and not written to.
-        self.buffer = copy.copy(self.model.rollout_buffer)  # type: ignore[attr-defined]
+        self.buffer = copied(self.model.rollout_buffer)  # type: ignore[attr-defined]
+        self.connection.send(("rollout", _digest(self.buffer)))
         self.generator = np.random.get_state()
         ours = isinstance(self.model, PerSampleKLTraining)
         self.snapshot = self.model._snapshot() if ours and self.analytic else None  # type: ignore[attr-defined]
@@ -230,7 +234,6 @@ class _Reporter(BaseCallback):
         logged = self.logger.name_to_value
         update = Update(
             self.num_timesteps,
-            _digest(self.buffer),
             _arrays(state_tensors(self.model.policy)),
             logged.get("train/kill_fraction"),
             logged.get("train/pass_fraction"),
@@ -249,12 +252,19 @@ class _Reporter(BaseCallback):
             for samples in self.buffer.get(self.model.batch_size):  # type: ignore[attr-defined]
                 drawn += 1
                 if drawn == minibatch:
-                    return samples._asdict()
+                    return _plain(samples)
 
 
 def _arrays(tensors: dict[str, th.Tensor]) -> Arrays:
     """As numpy arrays, which go through a pipe as they are; torch would share its memory instead."""
     return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _plain(samples: Any) -> Any:
+    """Named tuples as dictionaries, which ``torch.load`` takes for mere data."""
+    if isinstance(samples, tuple) and hasattr(samples, "_asdict"):
+        return {name: _plain(value) for name, value in samples._asdict().items()}
+    return tuple(_plain(each) for each in samples) if isinstance(samples, tuple) else samples
 
 
 def _digest(buffer: Any) -> str:
@@ -293,7 +303,10 @@ def analytic_residual(model: Any, buffer: Any, snapshot: Any) -> np.ndarray:
             score = _per_sample_gradient(_log_prob(family, leaves, actions), leaves)
             divergence = _per_sample_gradient(DIVERGENCES[family](old, leaves), leaves)
             ratio = (log_prob - rollout_data.old_log_prob).exp()
-            kill, _, _ = partition(ratio, rollout_data.advantages, model.clip_range(model._current_progress_remaining))
+            advantages = rollout_data.advantages
+            if model.normalize_advantage:
+                advantages = model._normalize_advantages(advantages, mask)
+            kill, _, _ = partition(ratio, advantages, model.clip_range(model._current_progress_remaining))
             cosine = F.cosine_similarity(score, divergence, dim=1)[kill[rows]]
             shares.append((1 - cosine.square()).clamp(min=0).sqrt())
     finally:
@@ -321,28 +334,54 @@ def _per_sample_gradient(values: th.Tensor, parameters: Parameters) -> th.Tensor
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Ctrl-C waits until this ends; for a process that is started meanwhile, it never comes. Windows has no such thing."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # or it would be started now, and let the signal through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Training:
     """The other end of one of the two trainings."""
 
-    def __init__(self, options: argparse.Namespace, algo: str, conf: str, logs: str):
+    def __init__(self, options: argparse.Namespace, algo: str, folder: str, conf: str):
         context = multiprocessing.get_context("spawn")
         self.algo = algo
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_train, args=(options, algo, conf, logs, theirs), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=_train, args=(options, algo, folder, conf, theirs), daemon=True)
+        with _without_interruption():
+            self.process.start()
         theirs.close()
 
     def next(self) -> tuple[str, Any]:
         """The next message."""
         try:
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             return "error", f"the process ended with status {self.process.exitcode}"
 
+    def finish(self, kind: str, content: Any) -> tuple[str, Any]:
+        """The message that ends the update which a message is about."""
+        while kind == "gradient":
+            kind, content = self.next()
+        return kind, content
+
     def send(self, message: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self.connection.send(message)
+
+    def end(self) -> None:
+        """End it, wherever it is."""
+        self.process.kill()
+        self.process.join()
 
 
 class Comparison:
@@ -365,13 +404,22 @@ class Comparison:
         index, first = 0, None
         while True:
             (kind, theirs), (our_kind, own) = base.next(), ours.next()
+            if uneven := kind != our_kind:  # one of the two has stopped early
+                (kind, theirs), (our_kind, own) = base.finish(kind, theirs), ours.finish(our_kind, own)
             for training, message in ((base, (kind, theirs)), (ours, (our_kind, own))):
                 if message[0] == "error":
                     return Verdict(None, f"{training.algo} stopped after {self.steps} steps. {message[1]}")
-            if kind != our_kind:
-                return Verdict(False, f"{base.algo} and {ours.algo} took different numbers of steps in update {self.updates}.")
             if kind == "end":
                 return self._verdict()
+            if kind == "rollout":
+                if theirs != own:
+                    return Verdict(
+                        None,
+                        f"The rollout of update {self.updates} differs, although the policies were equal to the last bit: "
+                        f"{self.options.env} does not repeat its episodes for the same seed, so nothing can be compared on "
+                        "it.",
+                    )
+                continue
             if kind == "gradient":
                 self.minibatches += 1
                 worst = largest_difference(_tensors(own), _tensors(theirs))
@@ -382,13 +430,7 @@ class Comparison:
                 continue
             self._take(theirs, own)
             live.update(self.table())
-            if self.gradient.ulps == 0 and theirs.rollout != own.rollout:
-                return Verdict(
-                    None,
-                    f"The rollout of update {self.updates - 1} differs, although the policies were equal to the last bit: "
-                    f"{self.options.env} does not repeat its episodes for the same seed, so nothing can be compared on it.",
-                )
-            if first is not None or self.state.ulps > 0:
+            if first is not None or uneven or self.state.ulps > 0:
                 return self._different(first, base, ours)
             index = 0
             base.send(None)
@@ -495,8 +537,8 @@ def _check(options: argparse.Namespace) -> None:
     for package in options.gym_packages:
         try:
             importlib.import_module(package)
-        except ImportError as error:
-            raise ValueError(f"--gym-packages: {package} cannot be imported: {error}") from error
+        except Exception as error:
+            raise ValueError(f"--gym-packages: {package} cannot be imported: {type(error).__name__}: {error}") from error
     if options.env not in gym.envs.registry:
         raise ValueError(f"--env={options.env!r} is not registered.{did_you_mean(options.env, gym.envs.registry)}")
     for name in ("n_timesteps", "num_threads"):
@@ -504,6 +546,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1")
     if not options.output.absolute().parent.is_dir():
         raise ValueError(f"--output={options.output}: the folder does not exist")
+    if options.output.is_dir():
+        raise ValueError(f"--output={options.output} is a folder")
     make_beta(options.beta, options.params.get("beta_kwargs"))
 
 
@@ -533,7 +577,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: of the command line
     :return: exit status: 0 identical, 1 different, 2 could not be compared, 130 interrupted
     """
-    options = parser().parse_args(arguments)
+    try:
+        options = parser().parse_args(arguments)
+    except Exception as error:  # RL Zoo evaluates the values as Python
+        print(f"-params or --env-kwargs: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     th.set_num_threads(1)  # the cores are for the two trainings
     console = Console()
     comparison = Comparison(options)
@@ -541,17 +589,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         with tempfile.TemporaryDirectory() as folder:
             conf = _write_conf(options, Path(folder))
-            base, ours = (_Training(options, algo, conf, folder) for algo in PAIRS[options.algo])
+            base, ours = (_Training(options, algo, folder, conf) for algo in PAIRS[options.algo])
             try:
                 with Live(comparison.table(), console=console, transient=True) as live:
                     verdict = comparison.run(base, ours, live)
             finally:
-                for training in (base, ours):
-                    training.process.kill()
-                    training.process.join()  # or it would still write into the folder
+                base.end()
+                ours.end()
         if comparison.updates > 0:
             console.print(comparison.table())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -50,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: exit status: 0 if all went well, 1 if a cell failed or trainings that should be identical are not, 2 if an
         argument is wrong, 130 if interrupted
     """
-    args = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = parser().parse_args(words)
     try:
         # Clusters end a job that has used up its time this way.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        return _run(args) if args.command == "run" else _report(args)
+        return _run(args, shlex.join(words)) if args.command == "run" else _report(args)
+    except KeyboardInterrupt:
+        return 130
     except ModuleNotFoundError as error:
         print(f'{error}: the benchmark needs more packages: pip install "sb3-klip[benchmark]"', file=sys.stderr)
         return 2
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, words: str) -> int:
     from filelock import FileLock, Timeout
     from rich.console import Console
 
@@ -81,10 +84,16 @@ def _run(args: argparse.Namespace) -> int:
     missing = [cell for cell in cells if not cell.result(folder).exists()]
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cells, {len(cells) - len(missing)} finished already; results go to {folder}")
-    again = f"python -m sb3_klip.benchmark run {shlex.join(sys.argv[2:])}"
+    again = f"python -m sb3_klip.benchmark {words}"
     try:
         with FileLock(folder / ".lock", timeout=0), connect(args.scheduler, args.workers, folder) as client:
-            failed = run_cells(missing, folder, client, Console())
+            try:
+                failed = run_cells(missing, folder, client, Console())
+            except KeyboardInterrupt:
+                # What follows takes seconds, and must come to its end.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                raise
     except Timeout:
         raise ValueError(f"another run is at work in {folder}") from None
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """One cell of a suite: a single training by RL Zoo, in a folder of its own, from its command to its result."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -8,13 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 
 from sb3_klip.benchmark.results import Result, read_episodes, summarize, write_result
 from sb3_klip.checkpoint import write_atomically
@@ -23,6 +24,8 @@ from sb3_klip.checkpoint import write_atomically
 PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
 #: Lines of its log that are shown of a cell that failed.
 LOG_LINES = 12
+#: File in the folder of a run that is there while it runs.
+RUNNING = "running"
 
 
 class CellError(RuntimeError):
@@ -56,7 +59,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Where the cell stands below ``runs`` and ``results``."""
-        return f"{self.task}/{self.method}/seed-{self.seed}"
+        return f"{self.task.replace('/', '-')}/{self.method}/seed-{self.seed}"
 
     def result(self, folder: Path) -> Path:
         """File that exists once the cell is finished."""
@@ -88,36 +91,40 @@ def commit() -> str | None:
     origin = json.loads(importlib.metadata.distribution("sb3-klip").read_text("direct_url.json") or "{}")
     if "vcs_info" in origin:
         return origin["vcs_info"]["commit_id"]
-    git = ["git", "-C", str(Path(__file__).parent)]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parents[2])]
     try:
+        # A virtual environment may lie in a repository of something else, which does not track it.
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(here)], capture_output=True, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True).stdout
+        status = [*git, "status", "--porcelain", "sb3_klip", "hyperparams"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}+changes" if changed.strip() else head
 
 
-def run_cell(cell: Cell, folder: Path) -> None:
+def run_cell(cell: Cell, folder: Path, wanted: Callable[[], bool] = lambda: True) -> None:
     """
     Bring a cell to its end, from wherever it is: nothing is done twice, and a half-written run is made again.
 
     :param cell: what to run
     :param folder: the suite's folder
-    :raises CellError: if the training fails
+    :param wanted: asked every second; the training is ended when the answer is no
+    :raises CellError: if the training fails, or is not wanted any more
     """
     if cell.result(folder).exists():
         return
     run = cell.run(folder)
     if not _complete(cell, run):
-        _stop_leftover(run)
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
-        _train(cell, folder, run)
+        _train(cell, folder, run, wanted)
     write_result(cell.result(folder), _summary(cell, run))
 
 
-def _train(cell: Cell, folder: Path, run: Path) -> None:
-    """The training itself, as a process of its own."""
+def _train(cell: Cell, folder: Path, run: Path, wanted: Callable[[], bool]) -> None:
+    """The training itself, as a process of its own, which ends when this one does."""
     about = {
         "command": " ".join(_quoted(word) for word in cell.command()),
         "versions": versions(),
@@ -125,17 +132,21 @@ def _train(cell: Cell, folder: Path, run: Path) -> None:
         "processor": _processor(),
     }
     started = time.time()
+    command = [sys.executable, "-m", "sb3_klip.benchmark.training", *cell.command()[3:]]
+    (run / RUNNING).touch()
     with (run / "log.txt").open("w") as log:
-        command = [sys.executable, *cell.command()[1:]]
-        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _write_json(run / "process.json", {"host": platform.node(), **_identify(process.pid)})
-            status = process.wait()
-        except BaseException:
+            status = None
+            while status is None and wanted():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = process.wait(timeout=1)
+        finally:
             process.kill()
-            process.wait()
-            raise
-    (run / "process.json").unlink(missing_ok=True)
+            process.communicate()
+    (run / RUNNING).unlink()
+    if status is None:
+        raise CellError(f"{cell.name} was called off")
     if status != 0 or not _reached(cell, run):
         reason = f"exited with status {status}" if status != 0 else "was interrupted before its last step"
         raise CellError(f"{cell.name} {reason}. The end of its log:\n{log_tail(run)}")
@@ -159,18 +170,17 @@ def steps_done(cell: Cell, folder: Path) -> int:
         return 0
 
 
-def is_started(cell: Cell, folder: Path) -> bool:
+def is_running(cell: Cell, folder: Path) -> bool:
     """Whether a process is at work on the cell, or was when it was killed."""
-    return (cell.run(folder) / "process.json").exists()
-
-
-def stop_training(cell: Cell, folder: Path) -> None:
-    """End the process that is at work on a cell, if it is on this machine."""
-    _stop_leftover(cell.run(folder))
+    return (cell.run(folder) / RUNNING).exists()
 
 
 def _reached(cell: Cell, run: Path) -> bool:
-    return steps_done(cell, run.parents[len(Path("runs", cell.name).parts) - 1]) >= cell.timesteps
+    """Whether all steps were taken: RL Zoo saves its agent, and ends as if all were well, when it is interrupted as well."""
+    for agent in run.glob(f"{cell.algo}/*_1/*.zip"):
+        with zipfile.ZipFile(agent) as file:
+            return json.loads(file.read("data"))["num_timesteps"] >= cell.timesteps
+    return False
 
 
 def _complete(cell: Cell, run: Path) -> bool:
@@ -184,21 +194,6 @@ def _summary(cell: Cell, run: Path) -> Result:
     result = summarize(episodes, pd.read_csv(run / "progress.csv"), cell.timesteps)
     own = {"task": cell.task, "method": cell.method, "seed": cell.seed, "algo": cell.algo, "hyperparams": cell.hyperparams}
     return result._replace(about={**own, **result.about, **about})
-
-
-def _stop_leftover(run: Path) -> None:
-    """A training outlives its worker when that is killed; it must not write beside the one that takes its place."""
-    try:
-        left = json.loads((run / "process.json").read_text())
-        if left.pop("host") == platform.node() and _identify(left["pid"]) == left:
-            psutil.Process(left["pid"]).kill()
-    except (OSError, ValueError, psutil.NoSuchProcess):
-        pass
-
-
-def _identify(pid: int) -> dict[str, Any]:
-    """A process, and not another one that has got its number since."""
-    return {"pid": pid, "created": psutil.Process(pid).create_time()}
 
 
 def _quoted(word: str) -> str:

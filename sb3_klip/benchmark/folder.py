@@ -7,7 +7,7 @@ from typing import Any
 
 from sb3_klip.benchmark.cell import PACKAGES, versions
 from sb3_klip.benchmark.results import Result, read_result
-from sb3_klip.benchmark.suite import Suite
+from sb3_klip.benchmark.suite import CONF, Suite
 from sb3_klip.checkpoint import write_atomically
 
 #: What a cell leaves on the disk is less than this, in bytes (measured: 1 to 5 MB).
@@ -29,7 +29,7 @@ def open_folder(folder: Path, suite: Suite, cells: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
-            theirs = json.loads((folder / MANIFEST).read_text())
+            theirs = _manifest(folder)
             # As JSON would give it back: no tuples.
             if different := _differences(theirs, json.loads(json.dumps(ours))):
                 listed = "\n".join(f"  - {line}" for line in different)
@@ -41,6 +41,8 @@ def open_folder(folder: Path, suite: Suite, cells: int) -> None:
         if (free := shutil.disk_usage(folder).free) < cells * CELL_SIZE:
             needed = cells * CELL_SIZE / 1e9
             raise ValueError(f"{folder} has {free / 1e9:.1f} GB left, and {cells} cells may need {needed:.1f} GB")
+        if suite.conf is not None:
+            write_atomically(folder / CONF, suite.conf.encode())
         write_atomically(folder / MANIFEST, f"{json.dumps(ours, indent=1)}\n".encode())
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be written to: {error}") from error
@@ -74,6 +76,13 @@ def read_folder(folder: Path) -> tuple[str, list[Result]]:
     if not results:
         raise ValueError(f"{folder} has no finished cells yet")
     return json.loads((folder / MANIFEST).read_text())["suite"], results
+
+
+def _manifest(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def _deciding(all_versions: dict[str, str]) -> dict[str, str]:

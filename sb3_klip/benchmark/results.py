@@ -50,7 +50,7 @@ def read_episodes(monitors: Sequence[Path]) -> pd.DataFrame:
     """
     parts = []
     for index, path in enumerate(sorted(monitors)):
-        episodes = pd.read_csv(path, skiprows=1).rename(columns={"r": "return", "l": "length"})
+        episodes = pd.read_csv(path, skiprows=1, dtype={"r": float, "l": int}).rename(columns={"r": "return", "l": "length"})
         episodes["env"] = index
         episodes["timesteps"] = episodes["length"].cumsum() * len(monitors)
         parts.append(episodes[["timesteps", "env", "return", "length"]])
@@ -109,8 +109,11 @@ def read_result(path: Path) -> Result:
 
     :raises ValueError: if it is not one
     """
-    first, _, rest = path.read_text().partition("\n")
     try:
-        return Result(json.loads(first.removeprefix("#")), pd.read_csv(io.StringIO(rest)))
-    except ValueError as error:
+        first, _, rest = path.read_text().partition("\n")
+        result = Result(json.loads(first.removeprefix("#")), pd.read_csv(io.StringIO(rest)))
+        if "episodes_sha256" not in result.about or len(result.curve) != POINTS:
+            raise ValueError("a part is missing")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the result of a cell: {error}") from error
+    return result

@@ -5,13 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dask.distributed import Client, Future, LocalCluster, wait
+import dask
+from dask.distributed import Client, Future, LocalCluster, get_worker, wait
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sb3_klip.benchmark.cell import Cell, CellError, is_started, run_cell, steps_done, stop_training
+from sb3_klip.benchmark.cell import Cell, CellError, is_running, run_cell, steps_done
 from sb3_klip.benchmark.folder import check_worker
 
+#: What workers on this machine do first: Ctrl-C is for the driver alone, but a terminal sends it to all of them.
+PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 #: Seconds between two looks at what the workers have done.
 INTERVAL = 1.0
 
@@ -28,8 +31,16 @@ def connect(scheduler: str | None, workers: int | None, folder: Path) -> Iterato
     """
     # Dask tells at length of each worker that comes and goes.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # With Python 3.11.8 and older, Dask's profiler may hang its worker (python/cpython#106883); these only wait, anyway.
+    dask.config.set({"distributed.worker.profile.enabled": False})
     if scheduler is None:
-        cluster = LocalCluster(workers, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL)
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            preload=[PRELOAD],
+        )
         with cluster, Client(cluster) as client:
             yield client
         return
@@ -73,16 +84,14 @@ def run_cells(cells: Sequence[Cell], folder: Path, client: Client, console: Cons
                         failed[cell.name] = reason
                     console.print(f"{'[red]failed[/]' if reason else 'finished'} {cell.name}", highlight=False)
                 open_futures -= ended
-                running = [futures[future] for future in open_futures if is_started(futures[future], folder)]
+                running = [futures[future] for future in open_futures if is_running(futures[future], folder)]
                 taken = sum(cell.timesteps for future, cell in futures.items() if future not in open_futures)
                 taken += sum(steps_done(cell, folder) for cell in running)
                 counts = f"{len(futures) - len(open_futures) - len(failed)} done, {len(running)} running, {len(failed)} failed"
                 waiting = len(open_futures) - len(running)
                 progress.update(steps, completed=taken, description=f"{counts}, {waiting} waiting")
-    except BaseException:
-        client.cancel(list(futures))
-        client.run(_stop_all, list(cells), str(folder))
-        raise
+    finally:
+        client.cancel(list(futures))  # see _wanted
     return failed
 
 
@@ -91,15 +100,16 @@ def _run_on_worker(cell: Cell, folder: str) -> str | None:
     if problem := check_worker(folder):  # workers may have come since the others were asked
         return f"{cell.name} did not start on its worker: {problem}"
     try:
-        run_cell(cell, Path(folder))
+        run_cell(cell, Path(folder), lambda: _wanted(cell.name))
     except CellError as error:
         return str(error)
     return None
 
 
-def _stop_all(cells: Sequence[Cell], folder: str) -> None:
-    for cell in cells:
-        stop_training(cell, Path(folder))
+def _wanted(key: str) -> bool:
+    """Whether somebody waits for this worker's task: nobody does when the driver was interrupted or killed."""
+    task = get_worker().state.tasks.get(key)
+    return task is not None and task.state != "cancelled"
 
 
 def _wait(futures: set[Future]) -> set[Future]:

@@ -3,12 +3,14 @@
 import importlib
 import importlib.resources
 import inspect
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import yaml
+from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 
 from sb3_klip.benchmark.cell import Cell
@@ -20,10 +22,17 @@ from sb3_klip.zoo import ALGORITHMS, register
 KEYS = ("hyperparams", "tasks", "seeds", "methods", "timesteps")
 #: The algorithm of a method that names none.
 ALGO = "klip_ppo"
+#: Seeds are below this: NumPy's generators take no others, and RL Zoo takes a negative one for "any".
+SEEDS = 2**32
+SEEDS_TEXT = "a list of whole numbers from 0 to 2**32 - 1, each once"
 #: Hyperparameters that RL Zoo takes for itself.
 ZOO_KEYS = ("n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper")
 #: Arguments of algorithms that the benchmark or RL Zoo gives.
 TAKEN = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup_model"}
+
+
+#: A suite's own YAML file of hyperparameters, in its folder: trainings run there.
+CONF = "hyperparams.yml"
 
 
 class Suite(NamedTuple):
@@ -33,11 +42,13 @@ class Suite(NamedTuple):
     :param name: the file's name, without its suffix
     :param cells: every task, method and seed; seeds change slowest, so that whole tables come early
     :param definition: what a cell's numbers depend on, by the cell's task and method
+    :param conf: content of the suite's own file of hyperparameters, if it has one
     """
 
     name: str
     cells: list[Cell]
     definition: dict[str, Any]
+    conf: str | None
 
 
 def included() -> list[str]:
@@ -57,8 +68,8 @@ def read_suite(name: str) -> Suite:
     elif Path(name).suffix in (".yml", ".yaml"):
         try:
             text = Path(name).read_text()
-        except OSError as error:
-            raise ValueError(f"--suite: {name} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--suite: {name} cannot be read: {error}") from error
     else:
         known = ", ".join(included())
         raise ValueError(f"--suite={name!r} is none of {known}, and no YAML file.{did_you_mean(name, included())}")
@@ -69,14 +80,14 @@ def read_suite(name: str) -> Suite:
     register()
     mistakes = _shape(content)
     if not mistakes:
-        protocol = _protocol(content["hyperparams"], mistakes)
+        protocol, conf = _protocol(content["hyperparams"], Path(name).parent, mistakes)
         for task in content["tasks"]:
-            mistakes += _check_task(task, protocol, content)
+            mistakes += _check_task(task, protocol, content["hyperparams"])
         for method, settings in content["methods"].items():
             mistakes += _check_method(method, settings)
     if mistakes:
         raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
-    return _made(Path(name).stem, content, protocol)
+    return _made(Path(name).stem, content, protocol, conf)
 
 
 def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
@@ -86,8 +97,10 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     :param tasks: those to keep; all, if there are none
     :param methods: likewise
     :param seeds: likewise; they need not be among those of the suite
-    :raises ValueError: if a task or a method is not in the suite
+    :raises ValueError: if a task or a method is not in the suite, or a seed is none
     """
+    if not all(0 <= seed < SEEDS for seed in seeds):
+        raise ValueError(f"--seeds: {SEEDS_TEXT}")
     for option, names, known in (
         ("--tasks", tasks, dict.fromkeys(cell.task for cell in suite.cells)),
         ("--methods", methods, dict.fromkeys(cell.method for cell in suite.cells)),
@@ -102,7 +115,7 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     if not seeds:
         return cells
     first = min(cell.seed for cell in cells)
-    return [_with_seed(cell, seed) for seed in seeds for cell in cells if cell.seed == first]
+    return [_with_seed(cell, seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
 
 
 def _with_seed(cell: Cell, seed: int) -> Cell:
@@ -115,52 +128,76 @@ def _shape(content: Any) -> list[str]:
         return [f"it must be a mapping of {', '.join(KEYS)}, not {content!r}"]
     mistakes = [f"unknown key {key!r}.{did_you_mean(key, KEYS)}" for key in content if key not in KEYS]
     mistakes += [f"{key!r} is missing" for key in KEYS[:4] if key not in content]
-    for key, kind, element, what in (
-        ("hyperparams", str, object, "a module, or a YAML file beside this one"),
-        ("tasks", list, str, "a list of environments"),
-        ("seeds", list, int, "a list of whole numbers"),
-        ("methods", dict, object, "a mapping of methods"),
-        ("timesteps", int, object, "a whole number"),
+    for key, is_right, what in (
+        ("hyperparams", lambda value: isinstance(value, str) and value, "a module, or a YAML file beside this one"),
+        ("tasks", lambda value: _are_distinct(value, str), "a list of environments, each once"),
+        ("seeds", lambda value: _are_distinct(value, int) and all(0 <= seed < SEEDS for seed in value), SEEDS_TEXT),
+        ("methods", lambda value: isinstance(value, dict) and value, "a mapping of methods"),
+        ("timesteps", lambda value: type(value) is int and value > 0, "a whole number above 0"),
     ):
-        value = content.get(key)
-        items = value if isinstance(value, list) else []
-        wrong = not isinstance(value, kind) or not value or not all(isinstance(item, element) for item in items)
-        if key in content and wrong:
-            mistakes.append(f"{key} must be {what}, not {value!r}")
+        if key in content and not is_right(content[key]):
+            mistakes.append(f"{key} must be {what}, not {content[key]!r}")
     return mistakes
 
 
-def _protocol(conf: str, mistakes: list[str]) -> Mapping[str, Any]:
-    """Hyperparameters by task."""
+def _are_distinct(value: Any, kind: type) -> bool:
+    """Whether the value is a list of different elements of this type; True and False are no numbers here."""
+    return isinstance(value, list) and {*map(type, value)} == {kind} and len({*value}) == len(value)
+
+
+def _protocol(conf: str, beside: Path, mistakes: list[str]) -> tuple[Mapping[str, Any], str | None]:
+    """Hyperparameters by task, and the content of their file, if it is one of YAML."""
+    text = None
     try:
         if conf.endswith((".yml", ".yaml")):
-            return yaml.safe_load(Path(conf).read_text())
-        return importlib.import_module(conf).hyperparams
-    except (OSError, ImportError, AttributeError, yaml.YAMLError) as error:
+            text = (beside / conf).read_text()
+            protocol = yaml.safe_load(text)
+        else:
+            protocol = importlib.import_module(conf).hyperparams
+    except Exception as error:  # a module may raise anything
         mistakes.append(f"hyperparams={conf!r} cannot be read: {error}")
-        return {}
+        return {}, None
+    if not isinstance(protocol, dict):
+        mistakes.append(f"hyperparams={conf!r} must be a mapping of environments, not {protocol!r}")
+        return {}, None
+    return protocol, text
 
 
-def _check_task(task: str, protocol: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
-    mistakes = []
+def _entry(task: str, protocol: Mapping[str, Any]) -> Any:
+    """The hyperparameters that RL Zoo takes; None if it finds none."""
+    return protocol.get(task, protocol.get("atari" if ExperimentManager.is_atari(task) else "default"))
+
+
+def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     if task not in gym.envs.registry:
-        mistakes.append(f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}")
-    elif protocol and task not in protocol and "default" not in protocol:
-        mistakes.append(f"{content['hyperparams']} has no entry for {task!r}, and none for 'default'")
-    return mistakes
+        return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
+    entry = _entry(task, protocol)
+    if protocol and not isinstance(entry, dict):
+        return [f"{conf} has no entry for {task!r}, and none for 'default'"]
+    try:
+        int(entry["n_timesteps"]) if protocol else None
+    except (KeyError, TypeError, ValueError):  # RL Zoo asks for it even if it is told another length
+        return [f"{conf} has no n_timesteps for {task!r}"]
+    return []
 
 
-def _check_method(method: str, settings: Any) -> list[str]:
+def _check_method(method: Any, settings: Any) -> list[str]:
+    if not isinstance(method, str):
+        return [f"method {method!r} must be a text; put it in quotes"]
     if not isinstance(settings, dict):
         return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
     if "/" in method or method.startswith("."):
         return [f"method {method!r} names a folder, so it must not contain '/' nor begin with '.'"]
     algo = settings.get("algo", ALGO)
-    if algo not in ALGOS:
+    if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
     known = {*ZOO_KEYS, *inspect.signature(ALGOS[algo]).parameters} - TAKEN
     unknown = [key for key in settings if key not in known and key != "algo"]
     mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        mistakes.append(f"method {method!r}: {error}")
     if algo in ALGORITHMS:
         try:
             make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
@@ -169,17 +206,18 @@ def _check_method(method: str, settings: Any) -> list[str]:
     return mistakes
 
 
-def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any]) -> Suite:
+def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any], conf: str | None) -> Suite:
     """The suite, once it is known to be right."""
     cells, definition = [], {}
     for seed in content["seeds"]:
         for task in content["tasks"]:
-            hyperparams = dict(protocol[task if task in protocol else "default"])
+            hyperparams = _entry(task, protocol)
             timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
             for method, settings in content["methods"].items():
                 own = {key: value for key, value in settings.items() if key != "algo"}
                 algo = settings.get("algo", ALGO)
                 override = "timesteps" in content
-                cells.append(Cell(task, method, seed, algo, content["hyperparams"], timesteps, override, own))
+                conf_file = content["hyperparams"] if conf is None else CONF
+                cells.append(Cell(task, method, seed, algo, conf_file, timesteps, override, own))
                 definition[f"{task}/{method}"] = {**hyperparams, **own, "algo": algo, "n_timesteps": timesteps}
-    return Suite(name, cells, definition)
+    return Suite(name, cells, definition, conf)

@@ -1,0 +1,72 @@
+"""
+The tests under other versions than those of constraints.txt: ``nox -s lowest newest``, or ``nox -s tests-3.12 -- FILE …``.
+
+``lowest`` and ``newest`` guard the identity with PPO against changes of Stable-Baselines3 and RL Zoo, within what setup.cfg
+allows. Both take torch as constraints.txt has it, of which a CPU build may be at hand, unless the environment variable TORCH
+names another: ``TORCH="torch==2.9.1" nox -s lowest``.
+"""
+
+import configparser
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent
+#: Where a change of what this package builds on shows first, and what these tests need; no Box2D, as that of gymnasium's older
+#: releases has to be compiled.
+IDENTITY = ("tests/test_identity.py", "tests/test_variants.py", "tests/test_zoo.py")
+NEEDED = ("-e", ".[tests,plots]", "stable-baselines3[extra]")
+
+nox.options.sessions = ["lowest", "newest"]
+
+
+def requirements(lines: Iterable[str]) -> Iterator[Requirement]:
+    """The requirements of a list, without its comments."""
+    return (Requirement(line) for line in lines if line.strip() and not line.startswith("#"))
+
+
+def lowest_versions() -> list[str]:
+    """What setup.cfg asks for, each at the lowest version that it allows, but for torch."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = requirements(setup["options"]["install_requires"].splitlines())
+    bounds = [(each.name, bound) for each in wanted for bound in each.specifier if bound.operator == ">="]
+    return [f"{name}=={bound.version}" for name, bound in bounds if name != "torch"]
+
+
+def torch() -> str:
+    """The torch of constraints.txt, or the one that was asked for."""
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return os.environ.get("TORCH") or next(str(pin) for pin in requirements(pins) if pin.name == "torch")
+
+
+def pytest(session: nox.Session, *files: str) -> None:
+    """Run the fast tests of these files, unless others are named, and show what they ran with."""
+    session.run("python", "-m", "pip", "list")
+    # Bit-for-bit comparisons need one thread count.
+    session.run("pytest", "-m", "not slow", *(session.posargs or files), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    """The fast tests under each Python, with the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", "torch")
+    session.install("-c", "constraints.txt", "-e", ".[tests,benchmark,plots,extra]")
+    pytest(session)
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """The identity with the lowest versions that setup.cfg allows."""
+    session.install(torch(), *lowest_versions(), *NEEDED)
+    pytest(session, *IDENTITY)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """The identity with the newest releases that setup.cfg allows."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", torch(), *NEEDED)
+    pytest(session, *IDENTITY)
