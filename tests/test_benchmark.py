@@ -336,6 +336,9 @@ def test_a_cell_is_an_ordinary_run_of_rl_zoo(finished):
     run_folder = finished.folder / "runs" / "CartPole-v1" / "ppo" / "seed-0" / "ppo" / "CartPole-v1_1"
     assert PPO.load(run_folder / "CartPole-v1.zip").num_timesteps == 512
     assert config(run_folder)["n_steps"] == 64
+    # Not what ends with its worker: by hand there is none.
+    typed = (run_folder / "CartPole-v1" / "command.txt").read_text()
+    assert typed.startswith(f"{sys.executable} -m rl_zoo3.train --algo ppo --env CartPole-v1 --seed 0 ")
     arguments = yaml.load((run_folder / "CartPole-v1" / "args.yml").read_text(), Loader=yaml.UnsafeLoader)
     assert (arguments["seed"], arguments["n_timesteps"], arguments["conf_file"]) == (0, 512, SUITE["hyperparams"])
 

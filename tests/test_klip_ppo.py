@@ -22,6 +22,7 @@ from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import available, register
+from sb3_klip.diagnostics import PERCENTILES
 from sb3_klip.rollout import episode_positions
 
 FAST = {"learning_rate": 3e-3, "n_steps": 64, "batch_size": 32, "n_epochs": 3}
@@ -69,7 +70,8 @@ def test_logger_keys_of_ppo_keep_their_meaning():
             assert our_row[key] == pytest.approx(their_row[key], rel=1e-4, abs=1e-7), key
     row = ours.rows[-1]
     added = {key.removeprefix("train/") for key in row if key.startswith("train/") and key not in theirs.rows[-1]}
-    assert added == {"kill_fraction", "pass_fraction", "beta_mean", "beta_abs_max", "kl_penalty", "klip_loss"}
+    percentiles = {f"beta_p{level:02}" for level in PERCENTILES}
+    assert added == {"kill_fraction", "pass_fraction", "beta_mean", "beta_abs_max", "kl_penalty", "klip_loss", *percentiles}
     assert 0 < row["train/kill_fraction"] < row["train/kill_fraction"] + row["train/pass_fraction"]
     assert row["train/kill_fraction"] + row["train/pass_fraction"] == pytest.approx(row["train/clip_fraction"])
     assert row["train/kl_penalty"] > 0

@@ -767,10 +767,11 @@ def verify(tmp_path, monkeypatch, capfd):
 
     def verify(*arguments):
         capfd.readouterr()
+        before = multiprocessing.active_children()  # of another test's environments
         status = sb3_klip.verify.main([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
-        eventually(lambda: multiprocessing.active_children() == [])
+        eventually(lambda: set(multiprocessing.active_children()) <= set(before))
         return Result(status, out, err)
 
     yield verify
@@ -1034,9 +1035,7 @@ def assert_one_message(result, pattern):
 def test_bad_arguments(verify, arguments, message):
     """Before any training begins."""
     Path("broken.py").write_text("nonsense")
-    began = time.monotonic()
     assert_one_message(verify(*arguments), message)
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def _train(cell: Cell, folder: Path, run: Path, wanted: Callable[[], bool]) -> N
         finally:
             process.kill()
             process.communicate()
-    (run / RUNNING).unlink()
+    (run / RUNNING).unlink(missing_ok=True)
     if status is None:
         raise CellError(f"{cell.name} was called off")
     if status != 0 or not _reached(cell, run):

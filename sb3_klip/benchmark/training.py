@@ -15,5 +15,6 @@ def _end_with_worker() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_worker, daemon=True).start()
-    sys.argv[0] = "rl_zoo3.train"
+    # RL Zoo writes this beside its agent.
+    sys.orig_argv[:] = ["rl_zoo3.train" if word == __spec__.name else word for word in sys.orig_argv]
     runpy.run_module("rl_zoo3.train", run_name="__main__", alter_sys=True)
