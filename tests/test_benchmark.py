@@ -1558,3 +1558,11 @@ def test_percentiles_are_for_files_and_not_for_the_terminal(tmp_path, capsys):
         shown = [event.value for event in events.Scalars(name)]
         assert len(shown) == 2
         np.testing.assert_allclose(log[name].dropna(), shown, rtol=1e-6, atol=1e-12)
+
+
+def test_a_coefficient_that_trainings_would_not_find(tmp_path):
+    (tmp_path / "gates.py").write_text("def ramp(ratio, advantages, clip_range):\n    return 0 * ratio\n")
+    suite = write_suite(tmp_path, methods={"own": {"beta": "gates:ramp"}})
+    completed = python(*command("--suite", suite, "-f", "out"), cwd=tmp_path, status=2)
+    assert "'gates:ramp' is not a coefficient" in completed.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """``python -m sb3_klip.benchmark``: the command line."""
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -74,6 +75,9 @@ def _run(args: argparse.Namespace, words: str) -> int:
     from sb3_klip.benchmark.scheduling import connect, run_cells
     from sb3_klip.benchmark.suite import read_suite, select
 
+    # Trainings run in the suite's folder, and do not find what only this one has; nor must the checks.
+    if sys.path[0] == os.getcwd():
+        del sys.path[0]
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers={args.workers} must be at least 1")
     if args.workers is not None and args.scheduler is not None:
