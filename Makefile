@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 .PHONY: help train test test-slow lint type docs benchmark report clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(INSTALLED) ## train through RL Zoo: ENV=Hopper-v4 ALGO=klip_ppo N=100000
 	$(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(N) --num-threads 1 -P

@@ -6,11 +6,13 @@ spaces and statistics from the days of ``gym``, and functions that a newer Pytho
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
 import pathlib
 import re
+import time
 import warnings
 import zipfile
 import zlib
@@ -355,7 +357,7 @@ def read_zoo_yaml(file: pathlib.Path) -> dict[str, Any]:
     :return: what it holds; empty if that is anything but plain data
     """
     try:
-        content = yaml.load(file.read_text(), Loader=_ZooYaml)
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ZooYaml)
     except (yaml.YAMLError, TypeError, ValueError) as error:
         warnings.warn(f"{file} could not be read, and was left out of account: {error}", stacklevel=3)
         return {}
@@ -518,12 +520,22 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        for pause in (0.1, 1.0, 5.0):
+            try:
+                temporary.replace(path)
+                break
+            except PermissionError:  # Windows replaces no file that a program has open, such as a virus scanner
+                if os.name == "posix":
+                    raise
+                time.sleep(pause)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name must reach the disk, too; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(folder)
         finally:
             os.close(folder)

@@ -57,7 +57,7 @@ def _frame(folder: Path, results: Iterable[Result]) -> pd.DataFrame:
     start = [result.curve.loc[result.curve["timesteps"] <= FIRST * result.about["timesteps"], "return"] for result in results]
     frame["first_return"] = [values.mean() for values in start]
     for i, column in enumerate(("task", "method")):
-        order = dict.fromkeys(cell.split("/")[i] for cell in cells)
+        order = dict.fromkeys(cell.rpartition("/")[2 * i] for cell in cells)  # a task may be ALE/Pong-v5
         frame[column] = pd.Categorical(frame[column], [name for name in order if name in set(frame[column])])
     return frame.sort_values(["task", "method", "seed"], ignore_index=True)
 

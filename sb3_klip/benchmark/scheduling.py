@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dask
-from dask.distributed import Client, Future, LocalCluster, get_worker, wait
+from dask.distributed import Client, Future, LocalCluster, TimeoutError, get_worker, wait
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -116,5 +116,5 @@ def _wait(futures: set[Future]) -> set[Future]:
     """Those that have ended, after a while."""
     try:
         return wait(futures, timeout=INTERVAL, return_when="FIRST_COMPLETED").done
-    except TimeoutError:
+    except TimeoutError:  # Dask's: before Python 3.11 it is not the builtin one
         return set()
