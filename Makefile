@@ -16,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 # Test processes run side by side, and bit-for-bit comparisons need one thread count.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: help train test test-slow lint type docs benchmark report clean
+.PHONY: help train test test-slow test-versions lint type docs benchmark report clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(INSTALLED) ## train through RL Zoo: ENV=Hopper-v4 ALGO=klip_ppo N=100000
 	$(BIN)/python -m rl_zoo3.train --algo $(ALGO) --env $(ENV) -n $(N) --num-threads 1 -P
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## the fast tests
 
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(PYTEST) -m slow
+
+test-versions: $(INSTALLED) ## the identity with the lowest and the newest versions of what this builds on
+	$(BIN)/nox -s lowest newest
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check
@@ -47,7 +50,7 @@ report: $(INSTALLED) ## its tables and figures: SUITE=smoke
 	$(BIN)/python -m sb3_klip.benchmark report logs/benchmark/$(SUITE)
 
 clean: ## remove what make has made
-	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch by itself first: see constraints.txt.

@@ -145,7 +145,7 @@ def _train(options: argparse.Namespace, algo: str, folder: str, conf: str, conne
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees to it
     tempfile.tempdir = folder  # where SB3 and torch leave things as well
     try:
-        with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
+        with Path(os.devnull).open("w", encoding="utf-8") as silence, contextlib.redirect_stdout(silence):
             model, callbacks = _make(options, algo, conf, folder)
             model.learn(options.n_timesteps, callback=[_Reporter(connection, options.estimator == "analytic"), *callbacks])
         connection.send(("end", None))
@@ -502,8 +502,9 @@ class Comparison:
             return "No sample was clipped in this update, so there is nothing to show; try another seed or more epochs."
         low, middle = shares.min(), np.median(shares)
         text = (
-            f"Of each sample, the clip takes away a multiple of ∇log π(a|s), which depends on the action. The gradient of the "
-            f"analytic KL divergence does not, and points elsewhere. On the {len(shares)} clipped samples of this update, the "
+            "Of each sample, the clip takes away a multiple of the gradient of log pi(a|s), which depends on the action. The "
+            "gradient of the analytic KL divergence does not, and points elsewhere. "
+            f"On the {len(shares)} clipped samples of this update, the "
             f"best coefficient for each one leaves {middle:.1%} of what it should remove (median; at least {low:.1%})."
         )
         if middle < 1e-6:

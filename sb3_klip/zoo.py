@@ -119,8 +119,11 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     :param name: our algorithm, whose ``<name>.yml`` is laid over it
     :return: a new dictionary: hyperparameters by environment
     """
-    hyperparams = yaml.safe_load((zoo_hyperparams() / f"{base}.yml").read_text())
-    ours = yaml.safe_load(importlib.resources.files("sb3_klip.hyperparams").joinpath(f"{name}.yml").read_text()) or {}
+    hyperparams = yaml.safe_load((zoo_hyperparams() / f"{base}.yml").read_text(encoding="utf-8"))
+    ours = (
+        yaml.safe_load(importlib.resources.files("sb3_klip.hyperparams").joinpath(f"{name}.yml").read_text(encoding="utf-8"))
+        or {}
+    )
     for env_id, entry in ours.items():
         is_atari = env_id in gym.envs.registry and ExperimentManager.is_atari(env_id)
         hyperparams[env_id] = {**hyperparams.get(env_id, hyperparams["atari" if is_atari else "default"]), **entry}

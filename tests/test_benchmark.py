@@ -1009,6 +1009,8 @@ def test_all_mistakes_at_once(refused, tmp_path):
         "number": 3,
         "fol/der": {},
         ".hidden": {},
+        "end.": {},
+        "clip:0.1": {},
         "right": {},
     }
     message = refused("--suite", write_suite(tmp_path, tasks=["Hoper-v4", "CartPole-v1"], methods=methods))
@@ -1028,6 +1030,8 @@ def test_all_mistakes_at_once(refused, tmp_path):
             "method 'number' must be a mapping of hyperparameters, not 3",
             "method 'fol/der' names a folder",
             "method '.hidden' names a folder",
+            "method 'end.' names a folder",
+            "method 'clip:0.1' names a folder",
         ),
         strict=True,
     ):

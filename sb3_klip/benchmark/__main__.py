@@ -116,7 +116,8 @@ def _report(args: argparse.Namespace) -> int:
     from sb3_klip.benchmark.report import write_report
 
     identical = write_report(args.folder)
-    print((args.folder / "report.md").read_text())
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a pipe on Windows may have no ±
+    print((args.folder / "report.md").read_text(encoding="utf-8"))
     return 0 if identical else 1
 
 

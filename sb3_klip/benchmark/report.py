@@ -1,7 +1,6 @@
 """Tables from the results of a suite, as one Markdown file, and the statistics in them by rliable."""
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from sb3_klip.benchmark.folder import MANIFEST, read_folder
 from sb3_klip.benchmark.results import Result
 from sb3_klip.checkpoint import write_atomically
 
-#: Resamples of the bootstrap, and the generator that draws them, so that the same results give the same report.
+#: Resamples of the bootstrap, and the seed of the generator that draws them.
 RESAMPLES, SEED = 5000, 0
 #: The method that the others are compared with, where the suite has it.
 REFERENCE = "step"
@@ -32,6 +31,8 @@ def write_report(folder: Path) -> bool:
     :return: whether every training by PPO has the same episodes as that by ``step`` with the same seed
     :raises ValueError: if there is nothing to report
     """
+    # rliable draws from NumPy's own generator, whatever it is given; so the same results give the same report.
+    np.random.seed(SEED)
     name, results = read_folder(folder)
     frame = _frame(folder, results)
     identity = identity_table(frame)
@@ -237,12 +238,7 @@ def _intervals(scores: dict, statistic: Callable, form: str = "{:.2f}") -> dict[
     """rliable's point and interval estimates, as text."""
     if not scores:
         return {}
-    with warnings.catch_warnings():
-        # rliable hands the generator on under a name that its bootstrap's library has given up.
-        warnings.simplefilter("ignore", FutureWarning)
-        points, bounds = rly.get_interval_estimates(
-            scores, lambda *args: np.array([statistic(*args)]), reps=RESAMPLES, random_state=np.random.RandomState(SEED)
-        )
+    points, bounds = rly.get_interval_estimates(scores, lambda *args: np.array([statistic(*args)]), reps=RESAMPLES)
     show = form.format
     return {key: f"{show(points[key][0])} [{show(bounds[key][0, 0])}, {show(bounds[key][1, 0])}]" for key in scores}
 

@@ -25,6 +25,8 @@ ALGO = "klip_ppo"
 #: Seeds are below this: NumPy's generators take no others, and RL Zoo takes a negative one for "any".
 SEEDS = 2**32
 SEEDS_TEXT = "a list of whole numbers from 0 to 2**32 - 1, each once"
+#: What the name of a folder cannot have, here or on Windows.
+NOT_IN_FOLDERS = '/\\:*?"<>|'
 #: Hyperparameters that RL Zoo takes for itself.
 ZOO_KEYS = ("n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper")
 #: Arguments of algorithms that the benchmark or RL Zoo gives.
@@ -64,10 +66,10 @@ def read_suite(name: str) -> Suite:
     :raises ValueError: with a line for each mistake
     """
     if name in included():
-        text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text()
+        text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text(encoding="utf-8")
     elif Path(name).suffix in (".yml", ".yaml"):
         try:
-            text = Path(name).read_text()
+            text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--suite: {name} cannot be read: {error}") from error
     else:
@@ -150,7 +152,7 @@ def _protocol(conf: str, beside: Path, mistakes: list[str]) -> tuple[Mapping[str
     text = None
     try:
         if conf.endswith((".yml", ".yaml")):
-            text = (beside / conf).read_text()
+            text = (beside / conf).read_text(encoding="utf-8")
             protocol = yaml.safe_load(text)
         else:
             protocol = importlib.import_module(conf).hyperparams
@@ -186,8 +188,8 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         return [f"method {method!r} must be a text; put it in quotes"]
     if not isinstance(settings, dict):
         return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
-    if "/" in method or method.startswith("."):
-        return [f"method {method!r} names a folder, so it must not contain '/' nor begin with '.'"]
+    if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
+        return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
