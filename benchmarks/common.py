@@ -28,13 +28,12 @@ def in_turn(timed: dict[str, Callable[[], float]], repeats: int) -> dict[str, li
 
 
 def ratios(values: dict[str, list[float]], base: str) -> dict[str, tuple[float, float, float]]:
-    """Median and quartiles of what the base took over what each other took, of neighbours in time."""
+    """Median and quartiles of what the base took over what each took, of neighbours in time."""
     compared = {}
     for name, ours in values.items():
-        if name != base:
-            pairs = [a / b for a, b in zip(values[base], ours, strict=True)]
-            low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
-            compared[name] = (middle, low, high)
+        pairs = [a / b for a, b in zip(values[base], ours, strict=True)]
+        low, middle, high = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else pairs * 3
+        compared[name] = (middle, low, high)
     return compared
 
 

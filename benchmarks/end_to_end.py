@@ -44,7 +44,7 @@ def worker(name: str, env_id: str, steps: int, threads: int) -> None:
     start = time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
     print(json.dumps({"fps": (model.num_timesteps - WARM_UP) / seconds, "peak": peak / 1024}))
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         return 1 / measured["fps"]
 
     seconds = in_turn({name: lambda name=name: run(name) for name in pythons}, args.repeats)  # type: ignore[misc]
-    compared = {"PPO": (1.0, 1.0, 1.0), **ratios(seconds, "PPO")}
+    compared = ratios(seconds, "PPO")
     memory = {name: statistics.median(values) for name, values in peaks.items()}
     rows = [
         (name, f"{1 / statistics.median(values):.0f}", *(f"{ratio:.2f}" for ratio in compared[name]), f"{memory[name]:.0f}")

@@ -156,7 +156,7 @@ def main() -> None:
         result = compare(setting, models, args.repeats)
         results.append(result)
         rows = [
-            (name, f"{median:.0f}", *(f"{ratio:.2f}" for ratio in result["ratios"].get(name, (1.0, 1.0, 1.0))))
+            (name, f"{median:.0f}", *(f"{ratio:.2f}" for ratio in result["ratios"][name]))
             for name, median in result["microseconds"].items()
         ]
         table(

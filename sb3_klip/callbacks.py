@@ -44,12 +44,10 @@ class CSVLogCallback(BaseCallback):
         """The rows of the file that are of steps which this training has behind it."""
         if self.num_timesteps == 0 or not self.path.is_file():
             return []
-        with self.path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        try:
-            return [row for row in rows if int(row["time/total_timesteps"]) <= self.num_timesteps]
-        except (KeyError, ValueError, TypeError):  # some other file, which is replaced
-            return []
+        # A crash may have cut off the last row.
+        rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()))
+        steps = "time/total_timesteps"
+        return [row for row in rows if str(row.get(steps)).isdigit() and int(row[steps]) <= self.num_timesteps]
 
     def _on_step(self) -> bool:
         return True

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -38,13 +37,8 @@ def style(size: str = "readme") -> Iterator[tuple[float, float]]:
         # The same drawing gives the same file, which version control then leaves alone.
         "svg.hashsalt": "sb3-klip",
     }
-    backend = matplotlib.get_backend()
-    plt.switch_backend("agg")
-    try:
-        with plt.rc_context(settings):  # type: ignore[arg-type]
-            yield SIZES[size]
-    finally:
-        plt.switch_backend(backend)
+    with matplotlib.rc_context(settings):  # type: ignore[arg-type]
+        yield SIZES[size]
 
 
 def line_styles(count: int) -> list[dict[str, Any]]:
@@ -60,7 +54,7 @@ def line_styles(count: int) -> list[dict[str, Any]]:
 
 def save(figure: Figure, path: Path) -> list[Path]:
     """
-    Write a figure as SVG and as PNG, and close it.
+    Write a figure as SVG and as PNG.
 
     :param path: file to write, without a suffix; its folder is made
     :return: the two files
@@ -69,5 +63,4 @@ def save(figure: Figure, path: Path) -> list[Path]:
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png")]
     for file in files:
         figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
     return files

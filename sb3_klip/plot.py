@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch as th
@@ -133,7 +133,8 @@ def landscape(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, 
     columns = min(len(coefficients), 3)
     rows = -(-len(coefficients) // columns)
     size = (shape[0], rows * shape[1])
-    figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, figsize=size)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     ratio, advantages = np.meshgrid(_centres(0, 2, 400), _centres(-2, 2, 400))
     norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
     levels = [*(-level for level in reversed(LEVELS)), *LEVELS]
@@ -169,8 +170,9 @@ def gradient(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, s
     characters = [len(label) + 7 for label in coefficients]
     room = _characters(shape[0])
     columns = len(characters) if sum(characters) <= room else max(1, room // max(characters))
-    legend = -(-len(characters) // columns) * 1.6 * plt.rcParams["font.size"] / 72
-    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(shape[0], shape[1] + legend))
+    legend = -(-len(characters) // columns) * 1.6 * matplotlib.rcParams["font.size"] / 72
+    figure = Figure(figsize=(shape[0], shape[1] + legend))
+    axes = figure.subplots(1, 2, sharey=True)
     ratio = _centres(0, 2, 1000)
     shown = list(MULTIPLIERS)
     for axis, sign in zip(axes, (1, -1), strict=True):
@@ -200,7 +202,8 @@ def distribution(log: pd.DataFrame, shape: Shape = README) -> Figure:
     :param shape: width and height of one row of panels, in inches
     """
     rows, columns = (2, 1) if shape[0] < 5 else (1, 2)
-    figure, (left, right) = plt.subplots(rows, columns, sharex=True, figsize=(shape[0], rows * shape[1]))
+    figure = Figure(figsize=(shape[0], rows * shape[1]))
+    left, right = figure.subplots(rows, columns, sharex=True)
     updates = -(-len(log) // POINTS)
     log = log.groupby(np.arange(len(log)) // updates).mean()
     steps = log["time/total_timesteps"]
@@ -257,7 +260,7 @@ def _centres(low: float, high: float, count: int) -> np.ndarray:
 
 def _characters(inches: float) -> int:
     """How many characters fit."""
-    return int(inches * 72 / (0.6 * plt.rcParams["font.size"]))
+    return int(inches * 72 / (0.6 * matplotlib.rcParams["font.size"]))
 
 
 def _number(text: str) -> Any:

@@ -30,6 +30,7 @@ from rich.table import Table
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, StoreDict
 from sb3_contrib import MaskablePPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import TanhBijector
 from stable_baselines3.common.preprocessing import is_image_space
@@ -37,7 +38,7 @@ from stable_baselines3.common.utils import set_random_seed
 from torch.distributions import Normal
 from torch.nn import functional as F
 
-from sb3_klip import KLipMaskablePPO, zoo
+from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, zoo
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 from sb3_klip.errors import did_you_mean
 from sb3_klip.identity import Difference, GradientRecorder, largest_difference, state_tensors
@@ -47,6 +48,7 @@ from sb3_klip.training import PerSampleKLTraining, make_beta
 
 #: The algorithms that are compared, by what ``--algo`` calls them.
 PAIRS = {"ppo": ("ppo", "klip_ppo"), "lstm": ("ppo_lstm", "klip_ppo_lstm"), "mask": ("ppo_mask", "klip_ppo_mask")}
+CLASSES: dict[str, type[BaseAlgorithm]] = {"ppo": KLipPPO, "lstm": KLipRecurrentPPO, "mask": KLipMaskablePPO}
 HYPERPARAMS = ("zoo", "paper", "default")
 #: Arguments that PPO does not have.
 OURS = ("beta_kwargs", "log_kl", "compile")
@@ -76,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-n", "--n-timesteps", type=int, default=20_000, help="steps of each training (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="random seed of both (default: %(default)s)")
     made.add_argument(
-        *("--hyperparams",),
+        "--hyperparams",
         choices=HYPERPARAMS,
         default="zoo",
         help="RL Zoo's tuned ones, the paper's protocol, or SB3's defaults (default: %(default)s)",
@@ -88,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gym-packages", nargs="+", default=[], help="modules to import, which register environments")
     made.add_argument("--beta", default="step", help="coefficient of KLipPPO (default: step, which is PPO-Clip)")
     made.add_argument(
-        *("--estimator",),
+        "--estimator",
         choices=("sampled", "analytic"),
         default="sampled",
         help="KL estimate that the coefficient is put on; with the analytic one there is no identity (default: %(default)s)",
@@ -470,11 +472,15 @@ class Comparison:
             **{f"gradient of {t.algo}": _tensors(gradient) for t, gradient in ((base, theirs), (ours, own))},
             **{f"samples of {t.algo}": t.next()[1] for t in (base, ours)},
         }
-        th.save(content, self.options.output)
+        try:
+            th.save(content, self.options.output)
+            saved = f"is saved to {self.options.output} (torch.load)"
+        except (OSError, RuntimeError) as error:  # torch has its own for a file that cannot be written
+            saved = f"could not be saved to {self.options.output}: {error}"
         return Verdict(
             False,
             f"DIFFERENT: the gradient of {self.gradient.name}, first in minibatch {minibatch} of update {self.updates - 1}, "
-            f"which is saved to {self.options.output} (torch.load).",
+            f"which {saved}.",
         )
 
     def table(self) -> Table:
@@ -513,7 +519,7 @@ class Comparison:
 
 
 def _tensors(arrays: Arrays) -> dict[str, th.Tensor]:
-    return {name: th.from_numpy(np.array(array)) for name, array in arrays.items()}
+    return {name: th.from_numpy(array) for name, array in arrays.items()}
 
 
 def _shown(difference: Difference) -> str:
@@ -549,6 +555,20 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--output={options.output}: the folder does not exist")
     if options.output.is_dir():
         raise ValueError(f"--output={options.output} is a folder")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed={options.seed} must be from 0 to 2**32 - 1")
+    _check_hyperparams(options)
+
+
+def _check_hyperparams(options: argparse.Namespace) -> None:
+    if "beta" in options.params:
+        raise ValueError(f"-params beta:{options.params['beta']!r}: here the coefficient is given by --beta")
+    known = zoo.hyperparameters(CLASSES[options.algo])
+    for name in options.params:
+        if name not in known:
+            raise ValueError(f"-params: there is no hyperparameter {name!r}.{did_you_mean(name, known)}")
+    if options.estimator == "analytic" and options.beta != "step":
+        raise ValueError(f"--estimator=analytic shows what is left of --beta=step, not of {options.beta!r}")
     make_beta(options.beta, options.params.get("beta_kwargs"))
 
 

@@ -8,6 +8,7 @@ is switched off, call it before RL Zoo builds its argument parser, or use
 
 import functools
 import importlib.resources
+import inspect
 import runpy
 import sys
 from pathlib import Path
@@ -36,6 +37,12 @@ ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str]] = {
     "klip_ppo": (KLipPPO, "ppo"),
     "klip_ppo_lstm": (KLipRecurrentPPO, "ppo_lstm"),
 }
+#: Hyperparameters that RL Zoo takes for itself, and arguments of algorithms that it gives.
+ZOO_TAKES = (
+    *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs"),
+    *("callback", "noise_type", "noise_std"),
+)
+ZOO_GIVES = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup_model"}
 
 
 def register() -> None:
@@ -102,6 +109,11 @@ def _evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
             hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
         except Exception as error:
             raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error
+
+
+def hyperparameters(algorithm: type[BaseAlgorithm]) -> set[str]:
+    """Names of the hyperparameters that an algorithm may have in RL Zoo."""
+    return {*ZOO_TAKES, *inspect.signature(algorithm).parameters} - ZOO_GIVES
 
 
 def zoo_hyperparams() -> Path:

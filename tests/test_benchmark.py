@@ -385,6 +385,27 @@ def test_hyperparameters_in_a_file_beside_the_suite(tmp_path, monkeypatch):
     assert sha256_of_episodes(cell.run(copy) / "klip_ppo" / "CartPole-v1_1") == result.about["episodes_sha256"]
 
 
+def test_hyperparameters_that_are_no_plain_data(tmp_path, monkeypatch):
+    """As a module may have them; a folder is gone on with, and a change is noticed."""
+    module = "from torch import nn\nhyperparams = {'default': {'n_timesteps': 9, 'activation': nn.ReLU, 'rate': lambda x: x}}"
+    (tmp_path / "own_tuned.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_suite(tmp_path, hyperparams="own_tuned", methods={"step": {}})
+    open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned")
+    open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned").hyperparams["default"]["activation"] = None
+    (tmp_path / "own_tuned.py").write_text(module.replace("ReLU", "Tanh  "))
+    with pytest.raises(ValueError, match="activation: 'ReLU' there, 'Tanh' here"):
+        open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned")
+
+
+def test_what_rl_zoo_takes_for_itself_may_be_of_a_method(tmp_path):
+    method = {"env_kwargs": {"sutton_barto_reward": True}, "monitor_kwargs": {}, "n_envs": 2}
+    assert read_suite(write_suite(tmp_path, methods={"own": method}, seeds=[0])).cells[0].hyperparams == method
+
+
 def test_hyperparameters_that_have_changed(tmp_path):
     def suite(n_steps: int, n_envs: int) -> Suite:
         entry = {"n_timesteps": 100, "n_steps": n_steps, "n_envs": n_envs}
@@ -402,11 +423,12 @@ def test_hyperparameters_that_have_changed(tmp_path):
 
 
 @pytest.mark.slow
-def test_algorithms_that_log_now_and_then(tmp_path):
-    """A2C's last row is before its last step."""
+@pytest.mark.parametrize("n_steps", [5, 200])
+def test_algorithms_that_log_now_and_then(tmp_path, n_steps):
+    """A2C's last row is before its last step, or there is none."""
     entry = {"policy": "MlpPolicy", "n_timesteps": 100}
     (tmp_path / "tuned.yml").write_text(yaml.safe_dump({"default": entry}))
-    methods = {"a2c": {"algo": "a2c", "n_steps": 5}}
+    methods = {"a2c": {"algo": "a2c", "n_steps": n_steps}}
     suite = read_suite(write_suite(tmp_path, hyperparams="tuned.yml", timesteps=720, methods=methods))
     open_folder(tmp_path / "out", suite, 1)
     run_cell(suite.cells[0], tmp_path / "out")
@@ -960,6 +982,20 @@ def test_an_external_scheduler(drive, undisturbed, dask_cluster):
 
 
 @pytest.mark.slow
+def test_an_external_scheduler_goes_away(drive, undisturbed, dask_cluster):
+    driver = drive("--scheduler", dask_cluster.address)
+    eventually(driver.is_in_the_middle)
+    os.killpg(dask_cluster.processes[0].pid, signal.SIGKILL)
+    said = driver.end(1, 120)
+    assert "The scheduler is gone." in said
+    assert "to go on:\n  python -m sb3_klip.benchmark run --suite" in said
+    assert "Traceback" not in said
+    eventually(lambda: trainings(driver.folder) == [], 60)
+    drive().end(0)
+    assert digests(driver.folder) == undisturbed
+
+
+@pytest.mark.slow
 def test_a_worker_of_an_external_scheduler_is_killed(drive, undisturbed, dask_cluster):
     driver = drive("--scheduler", dask_cluster.address)
     eventually(driver.is_in_the_middle)
@@ -1082,6 +1118,10 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a: {algo: [ppo]}}", "method 'a': unknown algorithm ['ppo']"),
         ("{a: {algo: }}", "method 'a': unknown algorithm None"),
         ("{a: {3: 4}}", "klip_ppo has no hyperparameter 3"),
+        ("{a: {callback: x}}", "klip_ppo has no hyperparameter 'callback'"),
+        ("{gate=step: {}}", "method 'gate=step': after '=' stands the value of a knob"),
+        ("{width=0: {}}", "so it must be a number above 0"),
+        ("{a: {}, A: {}}", "methods must differ in more than case"),
         ("{a: {beta: [1]}}", "method 'a': beta must be"),
         ("{a: {beta: 'no_such_module:f'}}", "method 'a': beta='no_such_module:f' is not a coefficient"),
         ("{a: {beta: step, beta_kwargs: [1]}}", "method 'a': "),
@@ -1139,6 +1179,9 @@ def test_suites_that_are_not_there(refused, tmp_path, name, message):
         ("tuned.yml", "Hopper-v4: {n_timesteps: 100}", "tuned.yml has no entry for 'CartPole-v1', and none for 'default'"),
         ("tuned.yml", "default: {n_steps: 100}", "n_timesteps"),
         ("tuned.yml", "default: {n_timesteps: long}", "n_timesteps"),
+        ("tuned.yml", "default: {n_timesteps: -5}", "no n_timesteps above 0 for 'CartPole-v1'"),
+        ("tuned.yml", "{}", "must be a mapping of environments, not {}"),
+        ("tuned.yml", "default: {n_timesteps: 9, callback: a.B}", "has a callback for 'CartPole-v1', and the benchmark gives"),
     ],
 )
 def test_wrong_hyperparameters(refused, tmp_path, conf, content, message):
@@ -1329,7 +1372,7 @@ def test_episodes_of_several_environments(tmp_path):
 def test_no_episode_has_ended(tmp_path):
     episodes = read_episodes(write_monitors(tmp_path, [], []))
     assert len(episodes) == 0
-    result = summarize(episodes, pd.DataFrame({"time/total_timesteps": [100]}), 100)
+    result = summarize(episodes, pd.DataFrame({"time/total_timesteps": [100]}), 100, 128)
     assert (result.about["episodes"], result.about["final_return"], result.about["final_episodes"]) == (0, None, 0)
     write_result(tmp_path / "result.csv", result)
     assert read_result(tmp_path / "result.csv").curve["episodes"].tolist() == [0] * POINTS
@@ -1382,7 +1425,7 @@ def test_summary_by_hand():
             "train/unrelated": 1.0,
         }
     )
-    about, curve = summarize(episodes, log, 1000)
+    about, curve = summarize(episodes, log, 1000, 1024)
     assert about.pop("episodes_sha256") == digest(episodes)
     assert about == {
         "timesteps": 1000,
@@ -1403,9 +1446,22 @@ def test_summary_by_hand():
     assert filled("beta_p50") == {0: 1.5, 49: -3.0, 99: 4.0}
 
 
+def test_summary_of_a_training_that_skips_frames():
+    """Monitors below a wrapper such as Atari's count frames, here four in a step."""
+    episodes = pd.DataFrame({"timesteps": [400, 2000, 3600, 4096], "env": 0, "return": [1.0, 2, 3, 4], "length": 1})
+    about, curve = summarize(episodes, pd.DataFrame({"time/total_timesteps": []}), 1000, 1024)
+    assert curve["episodes"].to_numpy().nonzero()[0].tolist() == [9, 49, 89, 99]
+    assert (about["final_return"], about["final_episodes"]) == (4.0, 1)
+
+
+def test_more_than_ten_environments(tmp_path):
+    paths = write_monitors(tmp_path, *[[(float(i), 1)] for i in range(11)])
+    assert read_episodes(paths)["return"].tolist() == list(range(11))
+
+
 def test_summary_of_an_algorithm_that_kills_nothing():
     episodes = pd.DataFrame({"timesteps": [5], "env": [0], "return": [1.0], "length": [5]})
-    result = summarize(episodes, pd.DataFrame({"time/total_timesteps": [100], "train/approx_kl": [0.1]}), 100)
+    result = summarize(episodes, pd.DataFrame({"time/total_timesteps": [100], "train/approx_kl": [0.1]}), 100, 128)
     assert "peak_kill_fraction" not in result.about
     assert result.curve.columns.tolist() == ["timesteps", "episodes", "return", "approx_kl"]
 
@@ -1504,6 +1560,19 @@ def test_csv_log_of_two_trainings(tmp_path):
     # One that begins replaces the file.
     model.learn(64, callback=callback)
     assert steps() == [64]
+
+
+def test_csv_log_whose_last_row_was_cut_off(tmp_path):
+    model, callback = PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL), CSVLogCallback(tmp_path / "progress.csv")
+    model.learn(192, callback=callback)
+    text = (tmp_path / "progress.csv").read_text()
+    (tmp_path / "progress.csv").write_text(text[:-3])
+    model.learn(64, callback=callback, reset_num_timesteps=False)
+    assert pd.read_csv(tmp_path / "progress.csv")["time/total_timesteps"].tolist() == [64, 128, 256]
+    # Some other file is replaced.
+    (tmp_path / "progress.csv").write_text("a,b\n1,2\n")
+    model.learn(64, callback=callback, reset_num_timesteps=False)
+    assert pd.read_csv(tmp_path / "progress.csv")["time/total_timesteps"].tolist() == [320]
 
 
 def test_csv_log_of_a_training_that_did_not_begin(tmp_path):

@@ -1,5 +1,7 @@
 """``python -m sb3_klip.benchmark report``: the tables, the statistics and the figures, from results that are made up here."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -136,6 +138,22 @@ def test_scores_take_as_many_seeds_as_all_have():
     assert {matrix.shape for matrix in scores.values()} == {(2, 1)}
 
 
+def test_no_scores_where_the_reference_learns_nothing():
+    finals = {(task, method): [50.0, 60.0] for task in ("A", "B") for method in ("step", "fixed")}
+    frame = frame_of(finals, first=10.0)
+    frame.loc[frame["task"] == "A", "first_return"] = 100.0
+    assert report.score_matrices(frame)[0] == ["B"]
+    frame["first_return"] = np.nan
+    assert report.score_matrices(frame) == ([], {})
+
+
+def test_runs_without_a_final_return_are_left_out_of_the_statistics():
+    frame = frame_of({("A", "step"): [np.nan, 2.0, 3.0], ("A", "fixed"): [1.0, np.nan, 2.0]})
+    _, scores = report.score_matrices(frame)
+    np.testing.assert_allclose(scores["fixed"][:, 0], np.array([1.0, 2.0]) / 2.5)
+    assert "nan" not in report._by_task(frame)
+
+
 def test_no_statistics_of_single_seeds(make):
     assert report.score_matrices(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0]})) == ([], {})
     folder = make([result("Hopper-v4", "step", 0, 2000), result("Hopper-v4", "fixed", 0, 2616)])
@@ -179,13 +197,30 @@ def test_figures_of_the_paper_suite(make):
     assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == files
 
 
+def test_ppo_beside_step_only_where_both_are(make):
+    results = [result(task, "step", 0, 2000) for task in ("Hopper-v4", "Ant-v4")]
+    folder = make([*results, result("Ant-v4", "ppo", 0, 2000, "other"), result("Hopper-v4", "ppo", 1, 2000)])
+    assert main(["report", str(folder)]) == 1
+    assert "Where PPO was not run" not in (folder / "report.md").read_text()
+    svg = (folder / "figures" / "ppo_and_klipppo.svg").read_text()
+    assert "<!-- Ant-v4 -->" in svg
+    assert "<!-- Hopper-v4 -->" not in svg
+
+
+def test_only_ppo(make):
+    folder = make([result("Hopper-v4", "ppo", 0, 2000)])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["report", str(folder)]) == 0
+    assert "| Hopper-v4 | 2000 (1) |" in said.getvalue()
+
+
 def test_figures_of_sweeps(make):
     methods = ("clip_range=0.2", "clip_range=0.1", "fixed=0.3", "fixed=1")
     folder = make([result("CartPole-v1", method, 0, 300 + i) for i, method in enumerate(methods)], "knobs")
     assert main(["report", str(folder)]) == 0
     drawn = {path.stem for path in (folder / "figures").glob("*.svg")}
     assert {"sweep_of_clip_range", "sweep_of_fixed"} <= drawn
-    assert "learning_curves" not in drawn
+    assert not drawn & {"learning_curves", "partition", "beta"}  # no lines of step
 
 
 def test_a_run_without_episodes_in_its_last_tenth(make):
@@ -224,10 +259,18 @@ def test_refuses_what_is_no_suite(tmp_path, make, capsys):
     assert str(damaged) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["{not json", "{}", "3"])
+def test_refuses_a_damaged_description(make, capsys, content):
+    folder = make([result("Hopper-v4", "step", 0, 2000)])
+    (folder / "suite.json").write_text(content)
+    assert main(["report", str(folder)]) == 2
+    assert f"{folder / 'suite.json'} is damaged: " in capsys.readouterr().err
+
+
 def test_committed_results_are_read_and_identical():
     """What the README shows is made from these."""
     for folder in sorted(Path(__file__).parents[1].glob("benchmarks/results/*/suite.json")):
-        name, results = report.read_folder(folder.parent)
-        assert name == folder.parent.name
-        frame = report._frame(folder.parent, results)
+        manifest, results = report.read_folder(folder.parent)
+        assert manifest["suite"] == folder.parent.name
+        frame = report._frame(manifest["definition"], results)
         assert report.identity_table(frame)["identical"].eq("yes").all()

@@ -849,6 +849,17 @@ def found_difference(result, path="difference.pt"):
     return where[1], saved
 
 
+def test_a_difference_that_cannot_be_saved(verify, monkeypatch):
+    def full(*_):
+        raise RuntimeError("unexpected pos 128 vs 22")
+
+    monkeypatch.setattr(th, "save", full)
+    result = verify(*DEFAULT, "--beta", "linear_ramp", "-n", 256, "-params", "n_steps:64", "learning_rate:0.01")
+    assert result.status == 1
+    assert "DIFFERENT: the gradient of " in result.out
+    assert "which could not be saved to difference.pt: unexpected pos 128 vs 22." in result.out
+
+
 @pytest.mark.parametrize("update", [0, 1])
 def test_the_first_difference_can_be_computed_again(verify, update):
     """From the parameters at that minibatch, which are still those of PPO, and the samples that were saved."""
@@ -1021,6 +1032,10 @@ def assert_one_message(result, pattern):
         ((*DEFAULT, "--beta", "linear_ramp", "-params", "beta_kwargs:3"), "beta_kwargs must be a dict"),
         ((*DEFAULT, "-params", "policy:MlpPolicy"), "name 'MlpPolicy' is not defined"),
         ((*DEFAULT, "--env-kwargs", "length:"), "--env-kwargs"),
+        ((*DEFAULT, "-params", "learnin_rate:0.1"), r"no hyperparameter 'learnin_rate'\. Did you mean 'learning_rate'\?"),
+        ((*DEFAULT, "-params", "beta:'linear_ramp'"), "-params beta:'linear_ramp': .* --beta"),
+        ((*DEFAULT, "--beta", "linear_ramp", "--estimator", "analytic"), "--estimator=analytic .*'linear_ramp'"),
+        ((*DEFAULT, "--seed", -1), "--seed=-1 must be from 0"),
         ((*DEFAULT, "-n", 0), "--n-timesteps=0 must be at least 1"),
         ((*DEFAULT, "-n", -5), "--n-timesteps=-5 must be at least 1"),
         ((*DEFAULT, "--num-threads", 0), "--num-threads=0 must be at least 1"),
@@ -1041,8 +1056,6 @@ def test_bad_arguments(verify, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*DEFAULT, "-params", "learnin_rate:0.1"), "ppo stopped after 0 steps. TypeError: .*'learnin_rate'"),
-        ((*DEFAULT, "-params", "beta:'step'"), "ppo stopped after 0 steps. TypeError: .*'beta'"),
         (("--env", "CartPole-v1", "--env-kwargs", "gravity:1"), "ppo stopped after 0 steps. TypeError: .*'gravity'"),
         ((*DEFAULT, "--algo", "mask", *UPDATES), "ppo_mask stopped after 0 steps. .*mask"),
         ((*DEFAULT, "--beta", "adaptive", *UPDATES, "n_steps:-1"), "ppo stopped after 0 steps."),

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 EPILOG = """\
@@ -100,6 +101,9 @@ def _run(args: argparse.Namespace, words: str) -> int:
                 raise
     except Timeout:
         raise ValueError(f"another run is at work in {folder}") from None
+    except CancelledError:  # Dask's is one, too
+        print(f"\nThe scheduler is gone. What is finished is in {folder}; to go on:\n  {again}")
+        return 1
     except KeyboardInterrupt:
         print(f"\nInterrupted. What is finished is in {folder}; to go on:\n  {again}")
         return 130
@@ -116,10 +120,10 @@ def _report(args: argparse.Namespace) -> int:
     from sb3_klip.benchmark.report import write_report
 
     identical = write_report(args.folder)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a pipe on Windows may have no ±
     print((args.folder / "report.md").read_text(encoding="utf-8"))
     return 0 if identical else 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a pipe on Windows may have no ±
     sys.exit(main())

@@ -125,7 +125,7 @@ def run_cell(cell: Cell, folder: Path, wanted: Callable[[], bool] = lambda: True
 
 def _train(cell: Cell, folder: Path, run: Path, wanted: Callable[[], bool]) -> None:
     """The training itself, as a process of its own, which ends when this one does."""
-    about = {
+    about: dict[str, Any] = {
         "command": " ".join(_quoted(word) for word in cell.command()),
         "versions": versions(),
         "commit": commit(),
@@ -147,10 +147,11 @@ def _train(cell: Cell, folder: Path, run: Path, wanted: Callable[[], bool]) -> N
     (run / RUNNING).unlink(missing_ok=True)
     if status is None:
         raise CellError(f"{cell.name} was called off")
-    if status != 0 or not _reached(cell, run):
+    if status != 0 or _taken(cell, run) < cell.timesteps:
         reason = f"exited with status {status}" if status != 0 else "was interrupted before its last step"
         raise CellError(f"{cell.name} {reason}. The end of its log:\n{log_tail(run)}")
-    _write_json(run / "cell.json", {**about, "seconds": round(time.time() - started)})
+    about["seconds"] = round(time.time() - started)
+    write_atomically(run / "cell.json", f"{json.dumps(about)}\n".encode())
 
 
 def log_tail(run: Path) -> str:
@@ -175,23 +176,26 @@ def is_running(cell: Cell, folder: Path) -> bool:
     return (cell.run(folder) / RUNNING).exists()
 
 
-def _reached(cell: Cell, run: Path) -> bool:
-    """Whether all steps were taken: RL Zoo saves its agent, and ends as if all were well, when it is interrupted as well."""
+def _taken(cell: Cell, run: Path) -> int:
+    """Steps that the saved agent has been trained for: RL Zoo saves it, and ends as if all were well, if interrupted, too."""
     for agent in run.glob(f"{cell.algo}/*_1/*.zip"):
         with zipfile.ZipFile(agent) as file:
-            return json.loads(file.read("data"))["num_timesteps"] >= cell.timesteps
-    return False
+            return json.loads(file.read("data"))["num_timesteps"]
+    return 0
 
 
 def _complete(cell: Cell, run: Path) -> bool:
     """Whether the training has ended well, and only its result is missing."""
-    return (run / "cell.json").exists() and _reached(cell, run)
+    return (run / "cell.json").exists() and _taken(cell, run) >= cell.timesteps
 
 
 def _summary(cell: Cell, run: Path) -> Result:
     about = json.loads((run / "cell.json").read_text())
     episodes = read_episodes(list(run.glob(f"{cell.algo}/*_1/*.monitor.csv")))
-    result = summarize(episodes, pd.read_csv(run / "progress.csv"), cell.timesteps)
+    path = run / "progress.csv"
+    # Empty if the algorithm did not come to log anything.
+    log = pd.read_csv(path) if path.stat().st_size else pd.DataFrame({"time/total_timesteps": []})
+    result = summarize(episodes, log, cell.timesteps, _taken(cell, run))
     own = {"task": cell.task, "method": cell.method, "seed": cell.seed, "algo": cell.algo, "hyperparams": cell.hyperparams}
     return result._replace(about={**own, **result.about, **about})
 
@@ -208,7 +212,3 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, f"{json.dumps(content)}\n".encode())

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -42,9 +41,9 @@ def save_all(
             # PPO's lines would be those of step, and have a figure of their own.
             lines = [method for method in methods if method != "ppo" or "step" not in methods]
             figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
-        if {"ppo", "step"} <= set(methods):
-            figures["PPO and KLipPPO"] = _by_task(results, tasks, _ppo_and_step, size, "return")
-        if any("kill_fraction" in result.curve for result in results):
+        if paired := [task for task in tasks if _pairs([result for result in results if result.about["task"] == task])]:
+            figures["PPO and KLipPPO"] = _by_task(results, paired, _ppo_and_step, size, "return")
+        if "step" in methods:
             figures["Partition"] = _by_task(results, tasks, _partition, size, "share of samples")
             figures["Beta"] = _by_task(results, tasks, _beta, size, "β")
         for knob in sweeps:
@@ -66,7 +65,8 @@ def _by_task(
     columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     width, height = size
-    figure, grid = plt.subplots(rows, columns, figsize=(width, height * 0.65 * rows + 0.3), squeeze=False)
+    figure = Figure(figsize=(width, height * 0.65 * rows + 0.3))
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         draw(axes, [result for result in results if result.about["task"] == task])
         axes.set_title(task)
@@ -105,17 +105,21 @@ def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> N
 
 def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:
     """PPO as a broad light line, and on it the narrow dark one of ``step``, with the same seeds."""
-    pairs = {result.about["seed"]: result for result in _of(results, "ppo")}
-    for result in _of(results, "step"):
-        if (ppo := pairs.get(result.about["seed"])) is not None:
-            steps, values = _column([ppo, result], "return")
-            axes.plot(steps, values[:, 0], color="0.75", linewidth=4, label="PPO")
-            axes.plot(steps, values[:, 1], color="black", linewidth=1, label="KLipPPO")
+    for pair in _pairs(results):
+        steps, values = _column(pair, "return")
+        axes.plot(steps, values[:, 0], color="0.75", linewidth=4, label="PPO")
+        axes.plot(steps, values[:, 1], color="black", linewidth=1, label="KLipPPO")
+
+
+def _pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """PPO's runs and those of ``step`` with the same seed, on one task."""
+    ppo, step = ({result.about["seed"]: result for result in _of(results, method)} for method in ("ppo", "step"))
+    return [(ppo[seed], step[seed]) for seed in ppo if seed in step]
 
 
 def _partition(axes: Axes, results: Sequence[Result]) -> None:
     """Kill and pass fractions of ``step``, mean over seeds."""
-    runs = _of(results, "step") or [result for result in results if "kill_fraction" in result.curve]
+    runs = _of(results, "step")
     for name, line in zip(("kill", "pass"), line_styles(2), strict=True):
         if runs:
             steps, values = _column(runs, f"{name}_fraction")
@@ -123,8 +127,8 @@ def _partition(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def _beta(axes: Axes, results: Sequence[Result]) -> None:
-    """Percentiles of β, mean over seeds."""
-    runs = _of(results, "step") or [result for result in results if "beta_p50" in result.curve]
+    """Percentiles of β of ``step``, mean over seeds."""
+    runs = _of(results, "step")
     if not runs:
         return
     colour = line_styles(1)[0]["color"]
@@ -158,7 +162,8 @@ def _profiles(scores: Mapping[str, np.ndarray], size: tuple[float, float]) -> Fi
     levels = np.linspace(0, max(1.5, max(matrix.max() for matrix in scores.values())), 101)
     profiles, bounds = rly.create_performance_profile(dict(scores), levels)
     width, height = size
-    figure, axes = plt.subplots(figsize=(width * 0.6, height))
+    figure = Figure(figsize=(width * 0.6, height))
+    axes = figure.subplots()
     for (method, profile), line in zip(profiles.items(), line_styles(len(profiles)), strict=True):
         axes.plot(levels, profile, label=method, **line)
         axes.fill_between(levels, *bounds[method], color=line["color"], alpha=0.1, linewidth=0)

@@ -26,12 +26,14 @@ def open_folder(folder: Path, suite: Suite, cells: int) -> None:
     :raises ValueError: if it belongs to another suite or other versions, cannot be written to, or the disk is too full
     """
     ours = {"suite": suite.name, "versions": _deciding(versions()), "definition": suite.definition}
+    # In a Python module, hyperparameters may be classes and functions.
+    text = json.dumps(ours, indent=1, default=lambda value: getattr(value, "__qualname__", repr(value)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
             theirs = _manifest(folder)
             # As JSON would give it back: no tuples.
-            if different := _differences(theirs, json.loads(json.dumps(ours))):
+            if different := _differences(theirs, json.loads(text)):
                 listed = "\n".join(f"  - {line}" for line in different)
                 raise ValueError(f"{folder} has results of another suite or version; choose another --folder:\n{listed}")
         # A file of some size: an empty one fits on a full disk.
@@ -43,7 +45,7 @@ def open_folder(folder: Path, suite: Suite, cells: int) -> None:
             raise ValueError(f"{folder} has {free / 1e9:.1f} GB left, and {cells} cells may need {needed:.1f} GB")
         if suite.conf is not None:
             write_atomically(folder / CONF, suite.conf.encode())
-        write_atomically(folder / MANIFEST, f"{json.dumps(ours, indent=1)}\n".encode())
+        write_atomically(folder / MANIFEST, f"{text}\n".encode())
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be written to: {error}") from error
 
@@ -55,7 +57,7 @@ def check_worker(folder: str) -> str | None:
     :param folder: as the worker is told
     """
     try:
-        theirs = json.loads((Path(folder) / MANIFEST).read_text())["versions"]
+        theirs = _manifest(Path(folder))["versions"]
     except OSError as error:
         return f"it does not see {folder}, which must be on a disk that all workers share ({error.strerror})"
     if different := _differences(theirs, _deciding(versions())):
@@ -63,26 +65,29 @@ def check_worker(folder: str) -> str | None:
     return None
 
 
-def read_folder(folder: Path) -> tuple[str, list[Result]]:
+def read_folder(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     """
     All finished cells.
 
-    :return: name of the suite, and the results in the order of their paths
-    :raises ValueError: if there are none, or one cannot be read
+    :return: the manifest, and the results in the order of their paths
+    :raises ValueError: if there are none, or something cannot be read
     """
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} has no {MANIFEST}, so it is not the folder of a suite")
     results = [read_result(path) for path in sorted(folder.glob("results/*/*/seed-*.csv"))]
     if not results:
         raise ValueError(f"{folder} has no finished cells yet")
-    return json.loads((folder / MANIFEST).read_text())["suite"], results
+    return _manifest(folder), results
 
 
-def _manifest(folder: Path) -> Any:
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / MANIFEST).read_text())
-    except ValueError as error:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if missing := {"suite", "versions", "definition"} - {*manifest}:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    return manifest
 
 
 def _deciding(all_versions: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Tables from the results of a suite, as one Markdown file, and the statistics in them by rliable."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rliable import metrics
 
 from sb3_klip.benchmark import paper
 from sb3_klip.benchmark.figures import save_all
-from sb3_klip.benchmark.folder import MANIFEST, read_folder
+from sb3_klip.benchmark.folder import read_folder
 from sb3_klip.benchmark.results import Result
 from sb3_klip.checkpoint import write_atomically
 
@@ -19,6 +18,11 @@ from sb3_klip.checkpoint import write_atomically
 RESAMPLES, SEED = 5000, 0
 #: The method that the others are compared with, where the suite has it.
 REFERENCE = "step"
+#: What stands above :func:`paper_table`.
+AGAINST_PAPER = (
+    "Mean ± standard deviation; the paper's are over five seeds. They overlap if the intervals of one standard deviation do; "
+    "with one seed of ours, if it lies in theirs."
+)
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
 FIRST = 0.01
 
@@ -33,15 +37,17 @@ def write_report(folder: Path) -> bool:
     """
     # rliable draws from NumPy's own generator, whatever it is given; so the same results give the same report.
     np.random.seed(SEED)
-    name, results = read_folder(folder)
-    frame = _frame(folder, results)
+    manifest, results = read_folder(folder)
+    frame = _frame(manifest["definition"], results)
     identity = identity_table(frame)
+    name = manifest["suite"]
     sections = [f"# Results of the suite `{name}`", _made_by(frame), "## Return in the last 10 % of training", _means(frame)]
     if len(identity):
         sections += ["## PPO against `step`, cell by cell", _identity_text(identity), _markdown(identity)]
     if name == "paper":
-        sections += ["## Against the paper", _against_paper(frame), _markdown(paper_table(frame))]
-        sections += [_markdown(kill_table(frame))]
+        sections += ["## Against the paper", AGAINST_PAPER, _markdown(paper_table(frame))]
+        if "peak_kill_fraction" in frame:
+            sections += [_markdown(kill_table(frame))]
     scored, scores = score_matrices(frame)
     sections += ["## Interquartile means, by task", _by_task(frame), *_together(scored, scores)]
     tasks, methods = (list(frame[column].cat.categories) for column in ("task", "method"))
@@ -51,9 +57,8 @@ def write_report(folder: Path) -> bool:
     return bool(identity["identical"].eq("yes").all())
 
 
-def _frame(folder: Path, results: Iterable[Result]) -> pd.DataFrame:
-    """One row per cell; tasks and methods in the order of the suite."""
-    cells = json.loads((folder / MANIFEST).read_text())["definition"]
+def _frame(cells: Iterable[str], results: Iterable[Result]) -> pd.DataFrame:
+    """One row per cell; tasks and methods in the order of the suite's cells."""
     frame = pd.DataFrame([result.about for result in results])
     start = [result.curve.loc[result.curve["timesteps"] <= FIRST * result.about["timesteps"], "return"] for result in results]
     frame["first_return"] = [values.mean() for values in start]
@@ -65,7 +70,7 @@ def _frame(folder: Path, results: Iterable[Result]) -> pd.DataFrame:
 
 def _made_by(frame: pd.DataFrame) -> str:
     """How the numbers came to be."""
-    versions = pd.DataFrame(list(frame["versions"])).drop(columns="python").drop_duplicates().iloc[0]
+    versions = pd.DataFrame(list(frame["versions"])).drop(columns="python").iloc[0]
     command = frame["command"].iloc[0]
     hours = frame["seconds"].sum() / 3600
     lines = [
@@ -98,7 +103,7 @@ def identity_table(frame: pd.DataFrame) -> pd.DataFrame:
     :param frame: one row per cell
     :return: one row per task and seed that both have run
     """
-    columns = ["task", "seed", "episodes", "episodes_sha256", "processor"]
+    columns = ["task", "seed", "episodes", "episodes_sha256"]
     ppo, step = (frame.loc[frame["method"] == method, columns] for method in ("ppo", REFERENCE))
     both = ppo.merge(step, on=["task", "seed"], suffixes=("", "_step"))
     both["identical"] = np.where(both["episodes_sha256"] == both["episodes_sha256_step"], "yes", "**no**")
@@ -107,10 +112,13 @@ def identity_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _identity_text(identity: pd.DataFrame) -> str:
     equal = int(identity["identical"].eq("yes").sum())
-    return (
+    text = (
         f"In {equal} of {len(identity)} pairs with the same task and seed, the episode logs are identical: every episode of "
-        "training has the same return and length, to the last digit. Where PPO was not run, its numbers are those of `step`."
+        "training has the same return and length, to the last digit."
     )
+    if equal == len(identity):
+        text += " Where PPO was not run, its numbers are those of `step`."
+    return text
 
 
 def paper_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -131,13 +139,6 @@ def paper_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "method", "seeds", "ours", "the paper's", "overlap"])
 
 
-def _against_paper(frame: pd.DataFrame) -> str:
-    return (
-        "Mean ± standard deviation; the paper's are over five seeds. They overlap if the intervals of one standard deviation "
-        "do; with one seed of ours, if it lies in theirs."
-    )
-
-
 def kill_table(frame: pd.DataFrame) -> pd.DataFrame:
     """The largest kill fraction of an update of ``step``, mean over seeds, beside the paper's."""
     ours = frame[frame["method"] == REFERENCE].groupby("task", observed=True)["peak_kill_fraction"].mean()
@@ -156,26 +157,31 @@ def score_matrices(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray
     What rliable works on: for each method a matrix of seeds × tasks, of the same size for all methods.
 
     A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
-    taken together. Tasks on which a method has fewer than two seeds are left out.
+    taken together. Tasks on which a method has fewer than two seeds, or the reference does not end above where it began, are
+    left out.
 
     :param frame: one row per cell
     :return: the tasks, and a matrix for each method; empty if no task has two seeds of each
     """
+    frame = frame.dropna(subset=["final_return"])
     counts = frame.pivot_table("final_return", "task", "method", "count", fill_value=0, observed=True)
     methods = [method for method in counts.columns if counts[method].max() >= 2]
-    tasks = [task for task in counts.index if methods and counts.loc[task, methods].min() >= 2]
+    if not methods:
+        return [], {}
+    ends = (
+        frame[frame["method"] == _reference(methods)].groupby("task", observed=True)[["first_return", "final_return"]].mean()
+    )
+    rising = set(ends.index[ends["first_return"] < ends["final_return"]])
+    tasks = [task for task in counts.index if task in rising and counts.loc[task, methods].min() >= 2]
     if not tasks:
         return [], {}
     seeds = int(counts.loc[tasks, methods].to_numpy().min())
-    reference = _reference(methods)
     matrices = {}
     for method in methods:
         columns = []
         for task in tasks:
-            of_task = frame[frame["task"] == task]
-            base = of_task[of_task["method"] == reference]
-            low, high = base["first_return"].mean(), base["final_return"].mean()
-            returns = of_task.loc[of_task["method"] == method, "final_return"].to_numpy()[:seeds]
+            low, high = ends.loc[task]
+            returns = frame.loc[(frame["task"] == task) & (frame["method"] == method), "final_return"].to_numpy()[:seeds]
             columns.append((returns - low) / (high - low))
         matrices[method] = np.stack(columns, axis=1)
     return tasks, matrices
@@ -219,6 +225,7 @@ def aggregate_table(scores: dict[str, np.ndarray], reference: str) -> pd.DataFra
 
 def _by_task(frame: pd.DataFrame) -> str:
     """Interquartile means of the cells with more than one seed."""
+    frame = frame.dropna(subset=["final_return"])
     cells = {
         key: values.to_numpy()[:, None]
         for key, values in frame.groupby(["task", "method"], observed=True)["final_return"]

@@ -49,7 +49,7 @@ def read_episodes(monitors: Sequence[Path]) -> pd.DataFrame:
     :return: columns ``timesteps`` (of training, when the episode ended), ``env``, ``return``, ``length``
     """
     parts = []
-    for index, path in enumerate(sorted(monitors)):
+    for index, path in enumerate(sorted(monitors, key=lambda path: int(path.name.split(".")[0]))):
         episodes = pd.read_csv(path, skiprows=1, dtype={"r": float, "l": int}).rename(columns={"r": "return", "l": "length"})
         episodes["env"] = index
         episodes["timesteps"] = episodes["length"].cumsum() * len(monitors)
@@ -63,17 +63,19 @@ def digest(episodes: pd.DataFrame) -> str:
     return hashlib.sha256("\n".join(f"{env},{value!r},{length}" for env, value, length in rows).encode()).hexdigest()
 
 
-def summarize(episodes: pd.DataFrame, log: pd.DataFrame, timesteps: int) -> Result:
+def summarize(episodes: pd.DataFrame, log: pd.DataFrame, timesteps: int, taken: int) -> Result:
     """
     A run in a hundred rows.
 
     :param episodes: as from :func:`read_episodes`
     :param log: what SB3's logger got, one row per dump
-    :param timesteps: length of the training
+    :param timesteps: length of the training, as it was asked for
+    :param taken: steps it took, which are more, as it ends with a whole rollout
     """
+    # Where a wrapper skips frames, as on Atari, the monitors below it have counted more than steps.
+    steps = episodes["timesteps"] * min(1.0, taken / episodes["timesteps"].max())
     edges = np.linspace(0, timesteps, POINTS + 1)
-    # The training ends with a whole rollout, and so somewhat later than it was asked to.
-    part = pd.cut(episodes["timesteps"].clip(upper=timesteps), edges, labels=False)
+    part = pd.cut(steps.clip(upper=timesteps), edges, labels=False)
     by_part = episodes.groupby(part)["return"]
     curve = pd.DataFrame({"timesteps": edges[1:].astype(int)})
     curve["episodes"] = by_part.size().reindex(curve.index, fill_value=0)
@@ -83,7 +85,7 @@ def summarize(episodes: pd.DataFrame, log: pd.DataFrame, timesteps: int) -> Resu
         if (key := f"train/{name}") in log:
             curve[name] = log.groupby(log_part)[key].mean()
 
-    last = episodes.loc[episodes["timesteps"] > (1 - LAST) * timesteps, "return"]
+    last = episodes.loc[steps > (1 - LAST) * timesteps, "return"]
     about = {
         "timesteps": timesteps,
         "episodes": len(episodes),

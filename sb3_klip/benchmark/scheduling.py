@@ -80,7 +80,7 @@ def run_cells(cells: Sequence[Cell], folder: Path, client: Client, console: Cons
                 ended = _wait(open_futures)
                 for future in ended:
                     cell = futures[future]
-                    if reason := future.result() if future.status == "finished" else repr(future.exception()):
+                    if reason := future.result() if future.status == "finished" else f"{cell.name}: {future.exception()!r}":
                         failed[cell.name] = reason
                     console.print(f"{'[red]failed[/]' if reason else 'finished'} {cell.name}", highlight=False)
                 open_futures -= ended

@@ -2,9 +2,9 @@
 
 import importlib
 import importlib.resources
-import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from rl_zoo3.utils import ALGOS
 from sb3_klip.benchmark.cell import Cell
 from sb3_klip.errors import did_you_mean
 from sb3_klip.training import make_beta
-from sb3_klip.zoo import ALGORITHMS, register
+from sb3_klip.zoo import ALGORITHMS, hyperparameters, register
 
 #: Keys of a suite file; all but ``timesteps`` must be there.
 KEYS = ("hyperparams", "tasks", "seeds", "methods", "timesteps")
@@ -27,11 +27,8 @@ SEEDS = 2**32
 SEEDS_TEXT = "a list of whole numbers from 0 to 2**32 - 1, each once"
 #: What the name of a folder cannot have, here or on Windows.
 NOT_IN_FOLDERS = '/\\:*?"<>|'
-#: Hyperparameters that RL Zoo takes for itself.
-ZOO_KEYS = ("n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper")
-#: Arguments of algorithms that the benchmark or RL Zoo gives.
-TAKEN = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup_model"}
-
+#: What the benchmark gives itself.
+TAKEN = {"callback", "n_timesteps"}
 
 #: A suite's own YAML file of hyperparameters, in its folder: trainings run there.
 CONF = "hyperparams.yml"
@@ -87,6 +84,8 @@ def read_suite(name: str) -> Suite:
             mistakes += _check_task(task, protocol, content["hyperparams"])
         for method, settings in content["methods"].items():
             mistakes += _check_method(method, settings)
+        if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
+            mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
     if mistakes:
         raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return _made(Path(name).stem, content, protocol, conf)
@@ -117,11 +116,7 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     if not seeds:
         return cells
     first = min(cell.seed for cell in cells)
-    return [_with_seed(cell, seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
-
-
-def _with_seed(cell: Cell, seed: int) -> Cell:
-    return Cell(**{**vars(cell), "seed": seed})
+    return [replace(cell, seed=seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
 
 
 def _shape(content: Any) -> list[str]:
@@ -159,28 +154,34 @@ def _protocol(conf: str, beside: Path, mistakes: list[str]) -> tuple[Mapping[str
     except Exception as error:  # a module may raise anything
         mistakes.append(f"hyperparams={conf!r} cannot be read: {error}")
         return {}, None
-    if not isinstance(protocol, dict):
+    if not isinstance(protocol, dict) or not protocol:
         mistakes.append(f"hyperparams={conf!r} must be a mapping of environments, not {protocol!r}")
         return {}, None
     return protocol, text
 
 
-def _entry(task: str, protocol: Mapping[str, Any]) -> Any:
-    """The hyperparameters that RL Zoo takes; None if it finds none."""
-    return protocol.get(task, protocol.get("atari" if ExperimentManager.is_atari(task) else "default"))
+def _default(task: str) -> str:
+    """Where RL Zoo looks for the hyperparameters of a task that has none of its own."""
+    return "atari" if ExperimentManager.is_atari(task) else "default"
 
 
 def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     if task not in gym.envs.registry:
         return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
-    entry = _entry(task, protocol)
-    if protocol and not isinstance(entry, dict):
-        return [f"{conf} has no entry for {task!r}, and none for 'default'"]
+    if not protocol:  # a mistake that is told already
+        return []
+    entry = protocol.get(task, protocol.get(_default(task)))
+    if not isinstance(entry, dict):
+        return [f"{conf} has no entry for {task!r}, and none for {_default(task)!r}"]
+    if "callback" in entry:
+        return [f"{conf} has a callback for {task!r}, and the benchmark gives its own"]
     try:
-        int(entry["n_timesteps"]) if protocol else None
-    except (KeyError, TypeError, ValueError):  # RL Zoo asks for it even if it is told another length
-        return [f"{conf} has no n_timesteps for {task!r}"]
-    return []
+        if int(entry["n_timesteps"]) > 0:
+            return []
+    except (KeyError, TypeError, ValueError):
+        pass
+    # RL Zoo asks for it even if it is told another length.
+    return [f"{conf} has no n_timesteps above 0 for {task!r}"]
 
 
 def _check_method(method: Any, settings: Any) -> list[str]:
@@ -190,10 +191,12 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
     if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
         return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
+    if "=" in method and not _is_positive(method.partition("=")[2]):
+        return [f"method {method!r}: after '=' stands the value of a knob, so it must be a number above 0"]
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
-    known = {*ZOO_KEYS, *inspect.signature(ALGOS[algo]).parameters} - TAKEN
+    known = hyperparameters(ALGOS[algo]) - TAKEN
     unknown = [key for key in settings if key not in known and key != "algo"]
     mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
     try:
@@ -208,12 +211,19 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     return mistakes
 
 
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
 def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any], conf: str | None) -> Suite:
     """The suite, once it is known to be right."""
     cells, definition = [], {}
     for seed in content["seeds"]:
         for task in content["tasks"]:
-            hyperparams = _entry(task, protocol)
+            hyperparams = protocol.get(task, protocol.get(_default(task)))
             timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
             for method, settings in content["methods"].items():
                 own = {key: value for key, value in settings.items() if key != "algo"}
