@@ -15,7 +15,7 @@ class CSVLogCallback(BaseCallback):
     Write what the logger gets to a CSV file as well, one row per dump; for any algorithm of Stable-Baselines3.
 
     SB3 does so by itself only with a logger that the user configures, which RL Zoo does not offer. There, among the
-    hyperparameters: ``callback: {sb3_klip.callbacks.CSVLogCallback: {path: progress.csv}}``.
+    hyperparameters: ``callback: {sb3_klip.CSVLogCallback: {path: progress.csv}}``.
 
     A training that goes on from where another was, as after ``learn(reset_num_timesteps=False)`` or when it is resumed, keeps
     the rows up to there; one that begins replaces the file.

@@ -1,5 +1,10 @@
 """Figures of coefficients, which need no training, and of runs, from their logs: ``python -m sb3_klip.plot --help``."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: the traceback of an import helps nobody
+
 import argparse
 import sys
 import textwrap
@@ -337,4 +342,5 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -5,17 +5,20 @@ Each of the two trains in a process of its own, with the environment, the wrappe
 give it, and sends the gradients of each update to this process, which compares them as they come.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: the traceback of an import helps nobody
+
 import argparse
 import contextlib
 import hashlib
 import importlib
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -42,6 +45,7 @@ from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, zoo
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 from sb3_klip.errors import did_you_mean
 from sb3_klip.identity import Difference, GradientRecorder, largest_difference, state_tensors
+from sb3_klip.interruption import held_back
 from sb3_klip.partition import partition
 from sb3_klip.rollout import copied
 from sb3_klip.training import PerSampleKLTraining, make_beta
@@ -69,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     """Options of the command line; those that RL Zoo has as well mean the same."""
     made = argparse.ArgumentParser(
         prog="python -m sb3_klip.verify",
-        description="Train PPO and KLipPPO side by side from one seed, and compare every gradient and parameter, bit for bit.",
+        description="Train PPO and KLipPPO side by side from one seed, and compare every gradient and parameter, bit for bit. "
+        "Differences are given in ulp, units in the last place of a float32.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -336,20 +341,6 @@ def _per_sample_gradient(values: th.Tensor, parameters: Parameters) -> th.Tensor
 # -- in this process ---------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _without_interruption() -> Iterator[None]:
-    """Ctrl-C waits until this ends; for a process that is started meanwhile, it never comes. Windows has no such thing."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # or it would be started now, and let the signal through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Training:
     """The other end of one of the two trainings."""
 
@@ -358,7 +349,7 @@ class _Training:
         self.algo = algo
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_train, args=(options, algo, folder, conf, theirs), daemon=True)
-        with _without_interruption():
+        with held_back():
             self.process.start()
         theirs.close()
 
@@ -449,6 +440,9 @@ class Comparison:
         self.residual.append(own.residual)
 
     def _verdict(self) -> Verdict:
+        if self.updates == 1 and self.steps > self.options.n_timesteps:
+            reason = f"-n {self.options.n_timesteps} is less than one rollout of {self.steps} steps, so that schedules run out"
+            return Verdict(None, f"{reason}; ask for {2 * self.steps} or more.")
         if self.minibatches == 0:
             return Verdict(None, f"No update was made in {self.options.n_timesteps} steps; ask for more with -n.")
         if sum(self.kill) == 0:
@@ -577,7 +571,11 @@ def _write_conf(options: argparse.Namespace, folder: Path) -> str:
     if options.hyperparams == "paper":
         return "sb3_klip.hyperparams.paper"
     if options.hyperparams == "zoo":
-        return str(zoo.zoo_hyperparams() / ("ppo_lstm.yml" if options.algo == "lstm" else "ppo.yml"))
+        file = zoo.zoo_hyperparams() / ("ppo_lstm.yml" if options.algo == "lstm" else "ppo.yml")
+        # The zoo's default for ppo_lstm has a policy that is none of its policies.
+        if options.algo == "lstm" and options.env not in yaml.safe_load(file.read_text(encoding="utf-8")):
+            raise ValueError(f"RL Zoo has no hyperparameters of ppo_lstm for {options.env}; try --hyperparams default")
+        return str(file)
     try:
         env = gym.make(options.env, **options.env_kwargs)
     except Exception as error:
@@ -601,7 +599,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
     except Exception as error:  # RL Zoo evaluates the values as Python
-        print(f"-params or --env-kwargs: {type(error).__name__}: {error}", file=sys.stderr)
+        form = "write NAME:VALUE with the value in Python, as in batch_size:60 or policy:\"'MlpPolicy'\""
+        print(f"-params or --env-kwargs: {form}; {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     th.set_num_threads(1)  # the cores are for the two trainings
     console = Console()
@@ -634,4 +633,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

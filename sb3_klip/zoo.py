@@ -150,8 +150,11 @@ def main() -> None:
     """
     if len(sys.argv) < 2 or sys.argv[1] not in SCRIPTS:
         given = sys.argv[1] if len(sys.argv) > 1 else ""
-        usage = f"usage: python -m sb3_klip.zoo {{{','.join(SCRIPTS)}}} …"
-        sys.exit(f"{usage}\nunknown script {given!r}.{did_you_mean(given, SCRIPTS)}")
+        usage = f"usage: python -m sb3_klip.zoo {{{','.join(SCRIPTS)}}} ...\n"
+        if given in ("-h", "--help"):
+            print(f"{usage}\nRuns a script of RL Zoo that knows this package's algorithms; the rest is for the script.")
+            return
+        sys.exit(f"{usage}unknown script {given!r}.{did_you_mean(given, SCRIPTS)}" if given else usage)
     script = sys.argv.pop(1)
     register()
     runpy.run_module(f"rl_zoo3.{script}", run_name="__main__", alter_sys=True)

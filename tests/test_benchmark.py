@@ -906,6 +906,21 @@ def test_interrupted_twice(drive):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 0.5, 2])
+def test_interrupted_as_the_workers_start(drive, seconds):
+    """Dask's own processes are half made then, and have not been told yet that Ctrl-C is not for them."""
+    driver = drive("--workers", 2)
+    eventually(psutil.Process(driver.process.pid).children)
+    time.sleep(seconds)
+    driver.interrupt(signal.SIGINT, group=True)
+    output = driver.end(130, 60)
+    assert "Traceback" not in output
+    assert "Fatal" not in output
+    assert "\nInterrupted. What is finished is in " in output
+    eventually(lambda: trainings(driver.folder) == [], 10)
+
+
+@pytest.mark.slow
 def test_interrupted_as_a_training_starts(drive):
     """The moment at which nobody knows the new process yet."""
     driver = drive("--workers", 2)

@@ -401,7 +401,7 @@ BAD = [
     ("linear_ramp", {"width": -0.1}, ValueError, "width=-0.1 of 'linear_ramp' is out of range: 0 <= value"),
     ("linear_ramp", {"width": math.nan}, ValueError, "width=nan"),
     ("linear_ramp", {"width": math.inf}, ValueError, "width=inf"),
-    ("linear_ramp", {"width": None}, TypeError, "must be a number, 'lin_x' or a function"),
+    ("linear_ramp", {"width": None}, TypeError, "must be a number, a schedule such as 'lin_0.1', or a function"),
     ("linear_ramp", {"width": "wide"}, TypeError, "'wide'"),
     ("linear_ramp", {"width": "lin_x"}, TypeError, "'lin_x'"),
     ("linear_ramp", {"width": "lin_-1"}, ValueError, "starts at -1"),

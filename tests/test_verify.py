@@ -1227,6 +1227,19 @@ def test_interrupted(endless, tmp_path, seconds):
     eventually(lambda: not any(map(running, group)), 10)
 
 
+@pytest.mark.parametrize("module", ["sb3_klip.verify", "sb3_klip.plot"])
+def test_interrupted_while_importing(module, tmp_path):
+    words = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        for line in process.stderr:
+            if line.rstrip().endswith(" numpy"):
+                process.send_signal(signal.SIGINT)
+                break
+        assert "Traceback" not in process.stderr.read()
+        assert process.stdout.read() == ""
+    assert process.returncode == -signal.SIGINT
+
+
 def in_group(process, group):
     try:
         return int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
     folder = (args.folder or Path("logs/benchmark", suite.name)).absolute()
     missing = [cell for cell in cells if not cell.result(folder).exists()]
     open_folder(folder, suite, len(missing))
-    print(f"{len(cells)} cells, {len(cells) - len(missing)} finished already; results go to {folder}")
+    print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
     again = f"python -m sb3_klip.benchmark {words}"
     try:
         with FileLock(folder / ".lock", timeout=0), connect(args.scheduler, args.workers, folder) as client:
@@ -121,6 +121,7 @@ def _report(args: argparse.Namespace) -> int:
 
     identical = write_report(args.folder)
     print((args.folder / "report.md").read_text(encoding="utf-8"))
+    print(f"Written to {args.folder / 'report.md'} and {args.folder / 'figures'}.")
     return 0 if identical else 1
 
 

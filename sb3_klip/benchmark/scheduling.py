@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from sb3_klip.benchmark.cell import Cell, CellError, is_running, run_cell, steps_done
 from sb3_klip.benchmark.folder import check_worker
+from sb3_klip.interruption import held_back
 
 #: What workers on this machine do first: Ctrl-C is for the driver alone, but a terminal sends it to all of them.
 PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
@@ -34,13 +35,14 @@ def connect(scheduler: str | None, workers: int | None, folder: Path) -> Iterato
     # With Python 3.11.8 and older, Dask's profiler may hang its worker (python/cpython#106883); these only wait, anyway.
     dask.config.set({"distributed.worker.profile.enabled": False})
     if scheduler is None:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-            preload=[PRELOAD],
-        )
+        with held_back():
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+                preload=[PRELOAD],
+            )
         with cluster, Client(cluster) as client:
             yield client
         return

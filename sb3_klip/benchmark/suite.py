@@ -3,6 +3,7 @@
 import importlib
 import importlib.resources
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,14 @@ def _default(task: str) -> str:
 def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     if task not in gym.envs.registry:
         return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions that are out of date
+        try:
+            gym.make(task).close()
+        except gym.error.DependencyNotInstalled as error:
+            return [f"{task} cannot be made: {error}"]
+        except Exception:  # it may need arguments, which methods may give
+            pass
     if not protocol:  # a mistake that is told already
         return []
     entry = protocol.get(task, protocol.get(_default(task)))

@@ -300,16 +300,18 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
 def _import(name: str) -> Callable[..., Any]:
     """Resolve ``"module:function"``, which is how a function that was never registered is saved."""
     module, separator, attribute = name.partition(":")
+    reason = did_you_mean(name, [*_REGISTRY, *_ALIASES])
     if separator and attribute.isidentifier():
         try:
             found = getattr(importlib.import_module(module), attribute, None)
-        except (ImportError, ValueError):  # ValueError: no module before the colon
-            found = None
-        if callable(found):
-            return found
-    words = [*_REGISTRY, *_ALIASES]
+        except (ImportError, ValueError) as error:  # ValueError: no module before the colon
+            reason = f" {module} cannot be imported: {error}."
+        else:
+            if callable(found):
+                return found
+            reason = f" {module} has no function {attribute}."
     raise UnknownCoefficientError(
-        f"beta={name!r} is not a coefficient.{did_you_mean(name, words)} "
+        f"beta={name!r} is not a coefficient.{reason} "
         f"Available: {', '.join(available())}; or your own: a function, registered by @register, or 'module:function'."
     )
 

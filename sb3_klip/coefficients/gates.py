@@ -97,7 +97,7 @@ def sigmoid(
     ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, temperature: Positive = 0.05
 ) -> th.Tensor:
     """
-    g = σ(d/τ): a smooth step, half open at the harmful bound.
+    g = σ(d/τ): a smooth step, which is 1/2 at the harmful bound.
 
     Source: arXiv 2606.23932, the authors' study.
 
@@ -265,7 +265,7 @@ def soft_adaptive(
     tau_neg: Positive = 1.05,
 ) -> th.Tensor:
     """
-    g = 1 - 4p(1 - p) with p = σ(τ(w - 1)), τ by the sign of Â: a smooth gate that closes on both sides of w = 1.
+    g = 1 - 4p(1 - p) with p = σ(τ(w - 1)), τ by the sign of Â: a smooth gate, from 0 at w = 1 towards 1 on both sides.
 
     Source: SAPO, arXiv 2511.20347; the objective is (4/τ) σ(τ(w - 1)) Â.
 

@@ -139,7 +139,9 @@ def at_progress(value: Any, progress_remaining: float, name: str) -> float:
         return float(value(progress_remaining))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    raise TypeError(f"{name} must be a number, 'lin_x' or a function of the remaining progress, not {value!r}")
+    raise TypeError(
+        f"{name} must be a number, a schedule such as 'lin_0.1', or a function of the remaining progress, not {value!r}"
+    )
 
 
 def check_names(given: Mapping[str, Any], parameters: Mapping[str, Parameter], owner: str) -> None:
