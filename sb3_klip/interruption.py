@@ -1,9 +1,21 @@
-"""Ctrl-C, at moments at which it would leave something half made."""
+"""Ctrl-C, at moments at which it would leave something half made; nothing changes where it is ignored anyway."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+
+
+def end_at_once() -> None:
+    """From now on, Ctrl-C ends the process, without a traceback: of imports it would help nobody."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def raise_again() -> None:
+    """From now on, Ctrl-C raises ``KeyboardInterrupt``, as Python has it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
@@ -13,6 +25,9 @@ def held_back() -> Iterator[None]:
 
     :raises KeyboardInterrupt: at the end, if it was pressed
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     can_block = hasattr(signal, "pthread_sigmask")

@@ -1,9 +1,9 @@
 """Figures of coefficients, which need no training, and of runs, from their logs: ``python -m sb3_klip.plot --help``."""
 
-import signal
+from sb3_klip import interruption
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: the traceback of an import helps nobody
+    interruption.end_at_once()  # until main
 
 import argparse
 import sys
@@ -342,5 +342,5 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruption.raise_again()
     sys.exit(main())

@@ -5,10 +5,10 @@ Each of the two trains in a process of its own, with the environment, the wrappe
 give it, and sends the gradients of each update to this process, which compares them as they come.
 """
 
-import signal
+from sb3_klip import interruption
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main: the traceback of an import helps nobody
+    interruption.end_at_once()  # until main
 
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -45,7 +46,6 @@ from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, zoo
 from sb3_klip.divergence import DIVERGENCES, Parameters, parameters_of
 from sb3_klip.errors import did_you_mean
 from sb3_klip.identity import Difference, GradientRecorder, largest_difference, state_tensors
-from sb3_klip.interruption import held_back
 from sb3_klip.partition import partition
 from sb3_klip.rollout import copied
 from sb3_klip.training import PerSampleKLTraining, make_beta
@@ -349,7 +349,7 @@ class _Training:
         self.algo = algo
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_train, args=(options, algo, folder, conf, theirs), daemon=True)
-        with held_back():
+        with interruption.held_back():
             self.process.start()
         theirs.close()
 
@@ -633,5 +633,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interruption.raise_again()
     sys.exit(main())

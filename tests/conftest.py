@@ -1,9 +1,14 @@
-"""Bits depend on how torch splits its sums over threads, so every test runs with one."""
+"""What all tests share."""
+
+import signal
 
 import pytest
 import torch as th
 
+# Bits depend on how torch splits its sums over threads.
 th.set_num_threads(1)
+# In the background of a shell, Ctrl-C is ignored by all that is started from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -66,9 +66,8 @@ PAPER_TASKS = ["Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid
 
 @pytest.fixture(autouse=True)
 def _signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command sets handlers; and in the background of a shell, Ctrl-C is ignored by all that is started from there."""
+    """The command sets handlers."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     for number, handler in before.items():

@@ -30,8 +30,9 @@ def connect(scheduler: str | None, workers: int | None, folder: Path) -> Iterato
     :param folder: the suite's folder
     :raises ValueError: if the scheduler does not answer, or a worker cannot run the cells
     """
-    # Dask tells at length of each worker that comes and goes.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # Dask tells at length of each worker that comes and goes, and of what it still has to do when the scheduler has gone.
+    for name in ("distributed", "distributed.client"):  # the latter has a level of its own
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # With Python 3.11.8 and older, Dask's profiler may hang its worker (python/cpython#106883); these only wait, anyway.
     dask.config.set({"distributed.worker.profile.enabled": False})
     if scheduler is None:
