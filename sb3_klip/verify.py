@@ -440,15 +440,15 @@ class Comparison:
         self.residual.append(own.residual)
 
     def _verdict(self) -> Verdict:
-        if self.updates == 1 and self.steps > self.options.n_timesteps:
-            reason = f"-n {self.options.n_timesteps} is less than one rollout of {self.steps} steps, so that schedules run out"
-            return Verdict(None, f"{reason}; ask for {2 * self.steps} or more.")
         if self.minibatches == 0:
             return Verdict(None, f"No update was made in {self.options.n_timesteps} steps; ask for more with -n.")
         if sum(self.kill) == 0:
             return Verdict(
                 None, "Equal so far, but no sample has been clipped, so nothing has been tried; train for longer with -n."
             )
+        if all(kill + passed > 1 - 1e-9 for kill, passed in zip(self.kill, self.passed, strict=True)):
+            reason = f"the clip range was 0 or less, as schedules run out before the first rollout of {self.steps} steps ends"
+            return Verdict(None, f"Equal so far, but {reason}; train for longer with -n.")
         return Verdict(True, f"IDENTICAL: all {self.minibatches} gradients and all parameters, to the last bit.")
 
     def _different(self, first: Any, base: _Training, ours: _Training) -> Verdict:

@@ -1101,6 +1101,12 @@ def test_no_sample_is_clipped(verify):
     assert result.cell("minibatches compared") == "20"
 
 
+def test_schedules_that_run_out_before_the_first_update(verify):
+    """RL Zoo's clip range for CartPole-v1 falls to 0 over training, which is shorter than a rollout here."""
+    result = verify("--env", "CartPole-v1", "-n", 100)
+    assert_one_message(result, "^Equal so far, but the clip range was 0 or less, .* first rollout of 256 steps ends")
+
+
 def test_no_update_is_made(verify):
     stop = "callback:{'stable_baselines3.common.callbacks.StopTrainingOnMaxEpisodes': {'max_episodes': 1}}"
     assert_one_message(verify(*DEFAULT, *UPDATES, stop), "^No update was made in 256 steps")
