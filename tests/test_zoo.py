@@ -105,7 +105,8 @@ def test_enjoy(hopper):
 
 def test_vec_env_subproc(tmp_path):
     update = ("-params", "n_envs:2", *SMALL_UPDATE[1:])
-    train("--env", "CartPole-v1", "--vec-env", "subproc", *SMALL, *update, cwd=tmp_path)
+    length = ("--seed", 0, "-n", 512, "--eval-freq", -1)
+    train("--env", "CartPole-v1", "--vec-env", "subproc", *length, *update, cwd=tmp_path)
     folder = tmp_path / "logs" / "klip_ppo" / "CartPole-v1_1"
     # One log per environment, each with the header and at least one episode.
     for number in (0, 1):
