@@ -560,13 +560,14 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         for name in lost:
             objects[name] = schedules.get(name, defaults[name].default if name in defaults else None)
         objects.update(custom_objects or {})
+        if "beta_kwargs" in kwargs and "beta" not in kwargs:
+            # Other parameters than the file's must fit its coefficient, whereas its own are allowed to be unknown here.
+            make_beta(objects.get("beta", checkpoint.data.get("beta", defaults["beta"].default)), kwargs["beta_kwargs"])
         if env is not None:
             env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
             objects.update(checkpoint.fit_spaces(objects, env.observation_space, env.action_space))
 
         model = super().load(checkpoint.file, env, device, objects, print_system_info, force_reset, **kwargs)
-        if "beta_kwargs" in kwargs and isinstance(model.beta, str):
-            make_beta(model.beta, model.beta_kwargs)  # raises: these parameters are not the file's
         if lost:
             checkpoint.warn_of_lost(lost, schedules, source, model)
         statistics = None if env is None or checkpoint.path is None else statistics_file(checkpoint.path)
