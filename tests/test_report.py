@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -214,6 +215,19 @@ def test_only_ppo(make):
     assert "| Hopper-v4 | 2000 (1) |" in said.getvalue()
 
 
+def test_many_methods_have_a_column_each_against_step(make):
+    methods = ("step", "linear_ramp", "sigmoid", "soft_min", "asymmetric")
+    results = [result(task, method, 0, 2000) for task in ("Hopper-v4", "Walker2d-v4") for method in methods]
+    curves = make(results[:4], "coefficients") / "figures" / "learning_curves.svg"
+    assert main(["report", str(curves.parents[1])]) == 0
+    assert "method of the column" not in curves.read_text()
+    folder = make(results[:-1], "coefficients")  # the last panel has step only
+    assert main(["report", str(folder)]) == 0
+    texts = re.findall("<!-- (.*) -->", curves.read_text())
+    assert {"Hopper-v4", "Walker2d-v4", "method of the column", *methods} <= set(texts)
+    assert all(texts.count(method) == 1 for method in methods)  # step in the legend, the others above their columns
+
+
 def test_figures_of_sweeps(make):
     methods = ("clip_range=0.2", "clip_range=0.1", "fixed=0.3", "fixed=1")
     folder = make([result("CartPole-v1", method, 0, 300 + i) for i, method in enumerate(methods)], "knobs")
@@ -233,14 +247,20 @@ def test_a_run_without_episodes_in_its_last_tenth(make):
 
 
 @pytest.mark.slow
-def test_committed_report_and_the_readme_are_of_the_committed_results(tmp_path):
-    committed = ROOT / "benchmarks" / "results" / "paper"
-    folder = shutil.copytree(committed, tmp_path / "paper", ignore=shutil.ignore_patterns("runs", "figures"))
+@pytest.mark.parametrize(
+    ("suite", "in_report", "in_readme"),
+    [
+        ("paper", "## Against the paper", "## Results"),
+        ("coefficients", "## Return in the last", "### Beyond the paper's coefficients"),
+    ],
+)
+def test_committed_report_and_the_readme_are_of_the_committed_results(tmp_path, suite, in_report, in_readme):
+    committed = ROOT / "benchmarks" / "results" / suite
+    folder = shutil.copytree(committed, tmp_path / suite, ignore=shutil.ignore_patterns("runs", "figures"))
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert text == (committed / "report.md").read_text()
-    readme = (ROOT / "README.md").read_text()
-    assert table(readme, "## Results") == table(text, "## Against the paper")
+    assert table((ROOT / "README.md").read_text(), in_readme) == table(text, in_report)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,12 +16,15 @@ from sb3_klip.figures import line_styles, save, style
 
 #: Panels side by side.
 COLUMNS = 4
+#: More learning curves than these cannot be told apart in one panel.
+LINES = 4
 
 
 def save_all(
     results: Sequence[Result],
     tasks: Sequence[str],
     methods: Sequence[str],
+    reference: str,
     scores: Mapping[str, np.ndarray],
     folder: Path,
 ) -> dict[str, str]:
@@ -30,6 +34,7 @@ def save_all(
     :param results: the finished cells
     :param tasks: in the order of the panels
     :param methods: in the order of the lines
+    :param reference: the one among them that others are compared with
     :param scores: normalised, seeds × tasks, by method
     :param folder: where the files go
     :return: name of the SVG file by title
@@ -40,7 +45,10 @@ def save_all(
         if not sweeps:
             # PPO's lines would be those of step, and have a figure of their own.
             lines = [method for method in methods if method != "ppo" or "step" not in methods]
-            figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
+            if len(lines) <= LINES:
+                figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
+            else:
+                figures["Learning curves"] = _by_method(results, tasks, lines, reference, size)
         if paired := [task for task in tasks if _pairs([result for result in results if result.about["task"] == task])]:
             figures["PPO and KLipPPO"] = _by_task(results, paired, _ppo_and_step, size, "return")
         if "step" in methods:
@@ -76,9 +84,14 @@ def _by_task(
         axes.set_axis_off()
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
-    entries = {text: handle for axes in grid.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=6)
+    _legend(figure, "outside lower center")
     return figure
+
+
+def _legend(figure: Figure, place: Any) -> None:
+    """One legend for what is drawn in any of the panels."""
+    entries = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=6)
 
 
 def _of(results: Sequence[Result], method: str) -> list[Result]:
@@ -93,14 +106,41 @@ def _column(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarra
     return table.index.to_numpy() / 1e6, table.to_numpy()
 
 
+def _by_method(
+    results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str, size: tuple[float, float]
+) -> Figure:
+    """One row of panels per task, with one for each method against the reference."""
+    others = [method for method in methods if method != reference]
+    width, height = size
+    figure = Figure(figsize=(max(width, width * len(others) / 8), height * 0.45 * len(tasks) + 0.5))
+    grid = figure.subplots(len(tasks), len(others), squeeze=False, sharex=True, sharey="row")
+    for row, task in zip(grid, tasks, strict=True):
+        of_task = [result for result in results if result.about["task"] == task]
+        for axes, method in zip(row, others, strict=True):
+            _curve(axes, _of(of_task, reference), reference, color="0.65", linewidth=2)
+            _curve(axes, _of(of_task, method), "method of the column", color="black", linewidth=0.8)
+            axes.margins(x=0)
+        row[0].set_ylabel(task)
+    for axes, method in zip(grid[0], others, strict=True):
+        axes.set_title(method, fontsize="medium")
+    figure.supxlabel("million steps", fontsize="medium")
+    _legend(figure, "outside upper center")
+    return figure
+
+
+def _curve(axes: Axes, runs: Sequence[Result], label: str, color: Any, **line: Any) -> None:
+    """Mean return over seeds, and a band from the lowest to the highest."""
+    if runs:
+        steps, values = _column(runs, "return")
+        if values.shape[1] > 1:
+            axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
+        axes.plot(steps, values.mean(axis=1), label=label, color=color, **line)
+
+
 def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> None:
-    """Mean over seeds, and a band from the lowest to the highest."""
+    """One line for each method."""
     for method, line in zip(methods, line_styles(len(methods)), strict=True):
-        if runs := _of(results, method):
-            steps, values = _column(runs, "return")
-            if values.shape[1] > 1:
-                axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=line["color"], alpha=0.15, linewidth=0)
-            axes.plot(steps, values.mean(axis=1), label=method, **line)
+        _curve(axes, _of(results, method), method, **line)
 
 
 def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:

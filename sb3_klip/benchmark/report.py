@@ -51,7 +51,7 @@ def write_report(folder: Path) -> bool:
     scored, scores = score_matrices(frame)
     sections += ["## Interquartile means, by task", _by_task(frame), *_together(scored, scores)]
     tasks, methods = (list(frame[column].cat.categories) for column in ("task", "method"))
-    drawn = save_all(results, tasks, methods, scores, folder / "figures")
+    drawn = save_all(results, tasks, methods, _reference(methods), scores, folder / "figures")
     sections += ["## Figures", *(f"![{title}](figures/{name})" for title, name in drawn.items())]
     write_atomically(folder / "report.md", ("\n\n".join(sections) + "\n").encode())
     return bool(identity["identical"].eq("yes").all())
