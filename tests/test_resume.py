@@ -267,6 +267,8 @@ def test_what_cannot_be_resumed_is_refused(checkpoint: Path, kwargs: dict[str, A
         kwargs = {**kwargs, "env": kwargs["env"]()}
     with pytest.raises(ValueError, match=message):
         KLipPPO.load(checkpoint, device="cpu", resume=True, **kwargs)
+    if "env" in kwargs:
+        kwargs["env"].close()
 
 
 def test_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:
