@@ -76,10 +76,10 @@ def _by_task(
     figure = Figure(figsize=(width, height * 0.65 * rows + 0.3))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
+        axes.margins(x=0)
         draw(axes, [result for result in results if result.about["task"] == task])
         axes.set_title(task)
         axes.set_xlabel(x_label)
-        axes.margins(x=0)
     for axes in grid.flat[len(tasks) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
@@ -191,8 +191,11 @@ def _sweep(axes: Axes, results: Sequence[Result], knob: str) -> None:
     values = sorted(finals)
     means = np.array([np.mean(finals[value]) for value in values])
     bars = [means - [min(finals[value]) for value in values], [max(finals[value]) for value in values] - means]
-    axes.errorbar(values, means, yerr=np.array(bars), marker="o", capsize=3, label=knob, **line_styles(1)[0])
+    axes.errorbar(
+        values, means, yerr=np.array(bars), marker="o", capsize=3, label="mean, lowest and highest", **line_styles(1)[0]
+    )
     axes.set_xscale("log")
+    axes.margins(x=0.05)
     axes.set_xticks(values, [f"{value:g}" for value in values])
     axes.minorticks_off()
 

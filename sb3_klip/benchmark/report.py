@@ -154,7 +154,7 @@ def kill_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def score_matrices(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray]]:
     """
-    What rliable works on: for each method a matrix of seeds × tasks, of the same size for all methods.
+    What rliable works on: for each method a matrix of seeds × tasks, with the seeds it has on each task.
 
     A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
     taken together. Tasks on which a method has fewer than two seeds, or the reference does not end above where it began, are
@@ -175,10 +175,10 @@ def score_matrices(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray
     tasks = [task for task in counts.index if task in rising and counts.loc[task, methods].min() >= 2]
     if not tasks:
         return [], {}
-    seeds = int(counts.loc[tasks, methods].to_numpy().min())
     matrices = {}
     for method in methods:
         columns = []
+        seeds = int(counts.loc[tasks, method].min())
         for task in tasks:
             low, high = ends.loc[task]
             returns = frame.loc[(frame["task"] == task) & (frame["method"] == method), "final_return"].to_numpy()[:seeds]
@@ -191,14 +191,13 @@ def _together(tasks: Sequence[str], scores: dict[str, np.ndarray]) -> list[str]:
     """What rliable makes of all tasks, if there are methods to compare."""
     if len(scores) < 2:
         return []
-    seeds = len(next(iter(scores.values())))
     reference = _reference(scores)
     return [
         "## All tasks together",
-        f"{seeds} seeds each on {', '.join(tasks)}. A score is 0 for the return of the first {FIRST:.0%} of `{reference}`'s "
-        "training and 1 for the mean of its last 10 %. In brackets, 95 % confidence intervals of a bootstrap within tasks; "
-        "with few seeds they are too narrow. The probability of improvement is that of a run of the method ending higher than "
-        f"one of `{reference}` on the same task.",
+        f"On {', '.join(tasks)}, with the seeds that a method has on each of them. A score is 0 for the return of the first "
+        f"{FIRST:.0%} of `{reference}`'s training and 1 for the mean of its last 10 %. In brackets, 95 % confidence intervals "
+        "of a bootstrap within tasks; with few seeds they are too narrow. The probability of improvement is that of a run of "
+        f"the method ending higher than one of `{reference}` on the same task.",
         _markdown(aggregate_table(scores, reference)),
     ]
 
@@ -219,8 +218,9 @@ def aggregate_table(scores: dict[str, np.ndarray], reference: str) -> pd.DataFra
     iqm = _intervals(scores, metrics.aggregate_iqm)
     pairs = {method: (matrix, scores[reference]) for method, matrix in scores.items() if method != reference}
     improvement = _intervals(pairs, metrics.probability_of_improvement)
-    rows = [(method, iqm[method], improvement.get(method, "–")) for method in scores]
-    return pd.DataFrame(rows, columns=["method", "interquartile mean", f"probability of improvement over {reference}"])
+    rows = [(method, len(scores[method]), iqm[method], improvement.get(method, "–")) for method in scores]
+    columns = ["method", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _by_task(frame: pd.DataFrame) -> str:
