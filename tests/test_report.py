@@ -139,9 +139,8 @@ def test_scores_take_the_seeds_that_a_method_has_on_every_task():
     assert {method: matrix.shape for method, matrix in scores.items()} == {"step": (3, 1), "fixed": (2, 1)}
     statistics = report.aggregate_table(scores, "step").set_index("method")
     assert dict(statistics["seeds"]) == {"step": 3, "fixed": 2}
-    assert statistics.loc["fixed", "probability of improvement over step"].startswith(
-        "0.33 ["
-    )  # of the six pairs, one is won (2 > 1), and two are equal, which counts half
+    # Of the six pairs, one is won (2 > 1), and two are equal, which counts half.
+    assert statistics.loc["fixed", "probability of improvement over step"].startswith("0.33 [")
     _, scores = report.score_matrices(frame_of({**finals, ("B", "fixed"): [1.0, 5.0, 6.0]}))
     assert {matrix.shape for matrix in scores.values()} == {(2, 2)}
 

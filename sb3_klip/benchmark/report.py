@@ -154,7 +154,7 @@ def kill_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 def score_matrices(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray]]:
     """
-    What rliable works on: for each method a matrix of seeds × tasks, with the seeds it has on each task.
+    What rliable works on: for each method a matrix of seeds × tasks, with as many seeds as it has on every task.
 
     A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
     taken together. Tasks on which a method has fewer than two seeds, or the reference does not end above where it began, are
