@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sb3_klip.zoo import overlaid_hyperparams
+from sb3_klip.zoo.hyperparams import overlaid_hyperparams
 
 
 def __getattr__(name: str) -> Any:

@@ -1,22 +1,24 @@
 """
 KLip-PPO for Stable-Baselines3: PPO-Clip as a KL penalty with one coefficient per sample.
 
-The names below are imported on first use: the RL Zoo hook, which runs when torch is imported, lives in this package, and
-must not pull in Stable-Baselines3.
+The names below are imported on first use, so that the mathematics can be used without Stable-Baselines3.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sb3_klip.variants import VARIANTS
+
 if TYPE_CHECKING:
     from sb3_klip import coefficients, surrogate, zoo
-    from sb3_klip.callbacks import BetaHistogramCallback, CSVLogCallback
-    from sb3_klip.checkpoint import load_vecnormalize
-    from sb3_klip.identity import IdentityCheckCallback
-    from sb3_klip.klip_maskable_ppo import KLipMaskablePPO
-    from sb3_klip.klip_ppo import KLipPPO
-    from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO
-    from sb3_klip.resume import ResumableCheckpointCallback
+    from sb3_klip.callbacks import BetaHistogramCallback as BetaHistogramCallback
+    from sb3_klip.callbacks import CSVLogCallback as CSVLogCallback
+    from sb3_klip.callbacks import IdentityCheckCallback as IdentityCheckCallback
+    from sb3_klip.callbacks import ResumableCheckpointCallback as ResumableCheckpointCallback
+    from sb3_klip.checkpoints.zoo_run import load_vecnormalize as load_vecnormalize
+    from sb3_klip.klip_maskable_ppo import KLipMaskablePPO as KLipMaskablePPO
+    from sb3_klip.klip_ppo import KLipPPO as KLipPPO
+    from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO as KLipRecurrentPPO
 
 __version__ = "0.1.0"
 
@@ -24,28 +26,13 @@ __version__ = "0.1.0"
 _NAMES = {
     "BetaHistogramCallback": "callbacks",
     "CSVLogCallback": "callbacks",
-    "IdentityCheckCallback": "identity",
-    "KLipMaskablePPO": "klip_maskable_ppo",
-    "KLipPPO": "klip_ppo",
-    "KLipRecurrentPPO": "klip_recurrent_ppo",
-    "ResumableCheckpointCallback": "resume",
-    "load_vecnormalize": "checkpoint",
+    "IdentityCheckCallback": "callbacks",
+    "ResumableCheckpointCallback": "callbacks",
+    "load_vecnormalize": "checkpoints.zoo_run",
+    **{variant.name: variant.module for variant in VARIANTS},
 }
 
-__all__ = [
-    "BetaHistogramCallback",
-    "CSVLogCallback",
-    "IdentityCheckCallback",
-    "KLipMaskablePPO",
-    "KLipPPO",
-    "KLipRecurrentPPO",
-    "ResumableCheckpointCallback",
-    "__version__",
-    "coefficients",
-    "load_vecnormalize",
-    "surrogate",
-    "zoo",
-]
+__all__ = ["__version__", "coefficients", "surrogate", "zoo", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -57,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

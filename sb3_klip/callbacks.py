@@ -1,13 +1,21 @@
-"""Callbacks that show what a training does."""
+"""Callbacks: logs, histograms of β, the comparison with PPO, and checkpoints to resume from."""
 
 import csv
+import os
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.logger import CSVOutputFormat
+from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_klip.training import PerSampleKLTraining
+from sb3_klip.algorithm import KLipAlgorithm
+from sb3_klip.checkpoints.resuming import EnvState
+from sb3_klip.files import write_atomically
+from sb3_klip.reproducibility import read_generators, set_generators
+from sb3_klip.verify.bits import Difference, GradientRecorder, compare_gradients, largest_difference, state_tensors
 
 
 class CSVLogCallback(BaseCallback):
@@ -30,6 +38,7 @@ class CSVLogCallback(BaseCallback):
         self._csv: CSVOutputFormat | None = None
 
     def _on_training_start(self) -> None:
+        self._on_training_end()  # an earlier training may have ended with an exception
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier_rows()
         self._csv = CSVOutputFormat(str(self.path))
@@ -38,7 +47,8 @@ class CSVLogCallback(BaseCallback):
             writer.writeheader()
             writer.writerows(earlier)
             self._csv.keys = list(earlier[0])
-        self.logger.output_formats.append(self._csv)
+        self._writers = self.logger.output_formats
+        self._writers.append(self._csv)
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
         """The rows of the file that are of steps which this training has behind it."""
@@ -55,7 +65,7 @@ class CSVLogCallback(BaseCallback):
     def _on_training_end(self) -> None:
         # RL Zoo ends the training of its first callback a second time, and one that did not begin, too.
         if self._csv is not None:
-            self.logger.output_formats.remove(self._csv)
+            self._writers.remove(self._csv)
             self._csv.close()
             self._csv = None
 
@@ -70,7 +80,7 @@ class BetaHistogramCallback(BaseCallback):
     """
 
     def _on_training_start(self) -> None:
-        if not isinstance(self.model, PerSampleKLTraining):
+        if not isinstance(self.model, KLipAlgorithm):
             name = type(self.model).__name__
             raise ValueError(f"BetaHistogramCallback shows the coefficient of this package's algorithms, and {name} has none")
 
@@ -81,3 +91,169 @@ class BetaHistogramCallback(BaseCallback):
         beta = self.model.update_beta  # type: ignore[attr-defined]
         if beta is not None:
             self.logger.record("train/beta", beta, exclude=("stdout", "log", "json", "csv"))
+
+
+class IdentityCheckCallback(BaseCallback):
+    """
+    Do every update a second time, from the same state and on the same samples, with the PPO that the algorithm is a drop-in
+    for, and compare all gradients and, in the end, all parameters and the optimizer's state.
+
+    The training itself is not touched: it ends as it would have without this callback, but takes about as much longer as
+    PPO's updates take. ``identity/minibatches`` and ``identity/ulps`` (largest difference so far, in units in the last place)
+    are logged, and the first difference is a warning.
+
+    :param verbose: Verbosity level, as for other callbacks
+    :raises ValueError: at the start of training, if the algorithm is none of this package's
+    """
+
+    def __init__(self, verbose: int = 0):
+        super().__init__(verbose)
+        #: Minibatches compared so far.
+        self.minibatches = 0
+        #: The largest difference so far, and where it was.
+        self.difference = Difference(0, "")
+        self._pending: _PendingComparison | None = None
+
+    @property
+    def identical(self) -> bool:
+        """Whether no difference has been found, in one minibatch at least."""
+        return self.minibatches > 0 and self.difference.ulps == 0
+
+    # An algorithm of sb3-klip, as _init_callback checks.
+    model: Any
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, KLipAlgorithm):
+            name = type(self.model).__name__
+            raise ValueError(f"IdentityCheckCallback compares this package's algorithms with PPO's, not {name}")
+        self._forget()  # an earlier training may have ended with an exception
+        self.model.at_rollout_boundaries(self._compare)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._pending = _PendingComparison(self.model)
+
+    def _on_training_end(self) -> None:
+        # RL Zoo calls this also after an interruption, which may have come in the middle of an update.
+        if getattr(getattr(self, "model", None), "between_rollouts", False):
+            self._compare()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Do not compare the update that is being recorded, if there is one."""
+        if self._pending is not None:
+            self._pending.close()
+            self._pending = None
+
+    def _compare(self) -> None:
+        """Compare the update that has ended, if there was one."""
+        if self._pending is None:
+            return
+        gradients = self._pending.recorder.take()
+        worst = compare_gradients(gradients, self._pending.gradients)
+        worst = max(worst, largest_difference(state_tensors(self.model.policy), self._pending.state))
+        self._forget()
+        if worst.ulps > 0 and self.difference.ulps == 0:
+            where = f"The update after {self.num_timesteps} steps is not PPO's"
+            warnings.warn(f"{where}: {worst.name} differs by {worst.ulps} units in the last place", stacklevel=2)
+        self.difference = max(self.difference, worst)
+        self.minibatches += len(gradients)
+        self.logger.record("identity/minibatches", self.minibatches)
+        self.logger.record("identity/ulps", self.difference.ulps)
+
+
+class _PendingComparison:
+    """
+    What the base class makes of the update that is about to begin, and a record of what the model makes of it.
+
+    :param model: between a rollout and its update
+    """
+
+    def __init__(self, model: Any):
+        twin = model.base_twin()
+        recorder = GradientRecorder(twin.policy)
+        generators = read_generators()
+        try:
+            twin.train()
+        finally:
+            set_generators(generators)
+        self.gradients, self.state = recorder.take(), state_tensors(twin.policy)
+        # One more than there should be, to see that there are more; not all of them, if the training ends with an exception.
+        self.recorder = GradientRecorder(model.policy, len(self.gradients) + 1)
+
+    def close(self) -> None:
+        """Record no more."""
+        self.recorder.close()
+
+
+class ResumableCheckpointCallback(CheckpointCallback):
+    """
+    Save checkpoints to resume from, with ``KLipPPO.load(path, env=env, resume=True)`` or RL Zoo's ``-i``.
+
+    Each is saved at the first moment between two rollouts after every ``save_freq`` steps of an environment, also inside of
+    an event callback such as ``EveryNTimesteps``. A kill at any moment leaves the checkpoints that are there whole.
+
+    :param save_freq: Save after this many calls of the callback, each of which is ``n_envs`` steps
+    :param save_path: Folder to save to
+    :param name_prefix: Prefix of the files; ``rl_model`` is the one that RL Zoo looks for
+    :param save_replay_buffer: Ignored, as there is none
+    :param save_vecnormalize: Whether to write the ``VecNormalize`` statistics beside each checkpoint, too, for other programs
+    :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
+    :raises ValueError: if ``save_freq`` is not positive
+    :raises OSError: if the folder cannot be written to
+    """
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str,
+        name_prefix: str = "rl_model",
+        save_replay_buffer: bool = False,
+        save_vecnormalize: bool = False,
+        verbose: int = 0,
+    ):
+        if save_freq <= 0:
+            raise ValueError(f"save_freq={save_freq!r} must be positive")
+        super().__init__(save_freq, save_path, name_prefix, save_replay_buffer, save_vecnormalize, verbose)
+        self.saved = 0
+
+    # An algorithm of sb3-klip, as _init_callback checks.
+    model: Any
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, KLipAlgorithm):
+            raise ValueError(f"{type(self).__name__} is for the algorithms of sb3-klip, not for {type(self.model).__name__}")
+        super()._init_callback()
+        # A folder that cannot be written to shows now, and not hours later.
+        probe = Path(self.save_path) / f".{self.name_prefix}.{os.getpid()}.probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+        # Event callbacks tell those inside of them of steps only, and not of rollouts.
+        self.model.at_rollout_boundaries(self._save_if_due)
+        if problem := EnvState.read(self.training_env).problem:
+            warnings.warn(
+                f"A run that is resumed from these checkpoints will go on at the start of an episode, as {problem}.",
+                stacklevel=2,
+            )
+
+    def _on_training_start(self) -> None:
+        # Calls that a run which goes on has already had are not due again.
+        self.saved = self.n_calls // self.save_freq
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _save_if_due(self) -> None:
+        if self.n_calls // self.save_freq <= self.saved:
+            return
+        self.saved = self.n_calls // self.save_freq
+        statistics: VecNormalize | None = self.model.get_vec_normalize_env()
+        if self.save_vecnormalize and statistics is not None:
+            path = Path(self._checkpoint_path("vecnormalize_", extension="pkl"))
+            write_atomically(path, pickle.dumps(statistics))
+        path = Path(self._checkpoint_path(extension="zip"))
+        self.model.save(path, resumable=True)
+        if self.verbose >= 2:
+            print(f"Saving model checkpoint to {path}")

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import torch as th
 
-from sb3_klip.partition import partition
-from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, per_sample_beta
+from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, partition, per_sample_beta
 
 #: Percentiles of β that are logged, as ``beta_p01`` and so on.
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -36,11 +35,11 @@ class Minibatch(NamedTuple):
         """The first quantity that is NaN or infinite, in the order of their computation, and its value."""
         terms = self.terms
         # A ratio that overflowed does no harm where the coefficient removes the sample.
-        let_through = terms.ratio.masked_fill(terms.gate == 1, 1.0)
+        let_through = terms.ratio.masked_fill(terms.removal == 1, 1.0)
         for name, tensor in (
             ("an advantage", self.advantages),
             ("the log of an importance ratio", terms.log_ratio),
-            ("the gate of the coefficient", terms.gate),
+            ("the removal of the coefficient", terms.removal),
             ("the weight of the coefficient", terms.weight),
             ("the KL estimate", terms.estimate),
             ("the importance ratio of a sample that the coefficient lets through", let_through),
@@ -77,16 +76,19 @@ class UpdateLog:
         """Forget the minibatches of the last epoch."""
         self.minibatches, self.gradient_norms = [], []
 
-    def first_non_finite(self) -> tuple[int, str] | None:
-        """
-        The first step of the epoch whose gradient is NaN or infinite.
+    def is_finite(self) -> bool:
+        """Whether the gradients of all steps of the epoch are."""
+        return not self.gradient_norms or bool(th.stack(self.gradient_norms).isfinite().all())
 
-        :return: index of its minibatch and what went wrong; None if all gradients are finite
+    def first_non_finite(self) -> tuple[int, int, str]:
         """
-        if not self.gradient_norms or bool(th.stack(self.gradient_norms).isfinite().all()):
-            return None
+        The first step of the epoch whose gradient is NaN or infinite; there must be one.
+
+        :return: the epoch, the index of its minibatch, and what went wrong
+        """
         index, norm = next((i, norm) for i, norm in enumerate(self.gradient_norms) if not norm.isfinite())
-        return index, self.minibatches[index].non_finite() or f"the norm of the gradient is {norm.item()}"
+        problem = self.minibatches[index].non_finite() or f"the norm of the gradient is {norm.item()}"
+        return len(self._epochs), index, problem
 
     def end_epoch(self) -> None:
         """Reduce the epoch's minibatches to the sum over minibatches of each one's mean, as SB3 weighs them."""
@@ -97,18 +99,18 @@ class UpdateLog:
             return th.cat(tensors) if keep is None else th.cat(tensors)[keep]
 
         ratio, log_ratio = join([t.ratio for t in terms]), join([t.log_ratio for t in terms])
-        gate, loss = join([t.gate for t in terms]), join([t.loss for t in terms])
+        removal, loss = join([t.removal for t in terms]), join([t.loss for t in terms])
         advantages = join([m.advantages for m in self.minibatches])
         weight = estimate = None
         if self.estimator is not None:
             weight, estimate = join([t.weight for t in terms]), join([t.estimate for t in terms])  # type: ignore[misc]
 
-        kill, outside, _ = partition(ratio, advantages, self.clip_range)
-        beta = per_sample_beta(ratio, advantages, gate)
+        kill, passed, _ = partition(ratio, advantages, self.clip_range)
+        beta = per_sample_beta(ratio, advantages, removal)
         kl_penalty = -beta * log_ratio
         if weight is not None and estimate is not None:
             kl_penalty = kl_penalty + weight * estimate
-            beta = per_sample_beta(ratio, advantages, gate, weight, self.estimator)
+            beta = per_sample_beta(ratio, advantages, removal, weight, self.estimator)
 
         policy_loss = -clip_objective(ratio, advantages, self.clip_range)
         per_sample = {
@@ -116,7 +118,7 @@ class UpdateLog:
             "clip_fraction": ((ratio - 1).abs() > self.clip_range).to(ratio.dtype),
             "approx_kl": (ratio - 1) - log_ratio,
             "kill_fraction": kill.to(ratio.dtype),
-            "pass_fraction": outside.to(ratio.dtype),
+            "pass_fraction": passed.to(ratio.dtype),
             "beta_mean": beta,
             "kl_penalty": kl_penalty,
             "klip_loss": loss,

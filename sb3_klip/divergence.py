@@ -1,5 +1,5 @@
 """
-The closed-form KL divergence of Stable-Baselines3's action distributions, from their parameters.
+The closed-form KL divergence between the rollout policy and the present one, from the parameters of their distributions.
 
 Working on parameters, and not on distribution objects, is what lets the rollout policy's be kept: SB3's policies hold one
 distribution object, which the next evaluation overwrites.
@@ -8,37 +8,11 @@ distribution object, which the next evaluation overwrites.
 from typing import Any, TypeAlias
 
 import torch as th
-from sb3_contrib.common.maskable.distributions import (
-    MaskableBernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-)
-from stable_baselines3.common.distributions import (
-    BernoulliDistribution,
-    CategoricalDistribution,
-    DiagGaussianDistribution,
-    Distribution,
-    MultiCategoricalDistribution,
-    StateDependentNoiseDistribution,
-)
 from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 #: Mean and standard deviation of a Gaussian, or the logits of each categorical or of all Bernoulli variables.
 Parameters: TypeAlias = tuple[th.Tensor, ...]
-
-
-#: The distributions of policies that :func:`parameters_of` reads.
-CLOSED_FORM = (
-    DiagGaussianDistribution,
-    StateDependentNoiseDistribution,
-    CategoricalDistribution,
-    MultiCategoricalDistribution,
-    BernoulliDistribution,
-    MaskableCategoricalDistribution,
-    MaskableMultiCategoricalDistribution,
-    MaskableBernoulliDistribution,
-)
 
 
 def gaussian_kl(old: Parameters, new: Parameters) -> th.Tensor:
@@ -87,12 +61,12 @@ def bernoulli_kl(old: Parameters, new: Parameters) -> th.Tensor:
     return (true + false).sum(dim=-1)
 
 
-def parameters_of(distribution: Distribution) -> tuple[str, Parameters]:
+def parameters_of(distribution: Any) -> tuple[str, Parameters]:
     """
     Family and parameters of an action distribution as a policy of SB3 or sb3-contrib holds it.
 
-    :param distribution: a Gaussian (gSDE and squashed ones included), categorical, multi-categorical or Bernoulli
-        distribution, with action masks or without
+    :param distribution: of Stable-Baselines3 or sb3-contrib: Gaussian (gSDE and squashed ones included), categorical,
+        multi-categorical or Bernoulli, with action masks or without
     :return: ``"gaussian"``, ``"categorical"`` or ``"bernoulli"``, and the tensors, with their gradient
     :raises TypeError: if the family has no closed form here
     """
@@ -110,3 +84,70 @@ def parameters_of(distribution: Distribution) -> tuple[str, Parameters]:
 
 
 DIVERGENCES = {"gaussian": gaussian_kl, "categorical": categorical_kl, "bernoulli": bernoulli_kl}
+
+
+class PolicySnapshot:
+    """
+    The rollout policy's action distribution at every sample of a rollout.
+
+    :param size: number of samples, n_steps * n_envs
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.family = ""
+        self.parameters: Parameters = ()
+        self._seen: th.Tensor | None = None
+
+    def store(self, indices: th.Tensor, mask: th.Tensor | None, policy: Any) -> None:
+        """
+        Take in the distribution that the policy holds.
+
+        :param indices: places of the samples in the rollout
+        :param mask: rows of the distribution that are samples, None if all are
+        :param policy: the policy, after it has evaluated these samples
+        :raises ValueError: if the policy does not hold the distribution that it evaluated the samples with
+        """
+        self.family, parameters = parameters_of(policy.action_dist)
+        rows = len(indices) if mask is None else len(mask)
+        if parameters[0] is self._seen or len(parameters[0]) != rows:
+            raise ValueError(
+                f"{type(policy).__name__}.evaluate_actions does not use the policy's action_dist, so the closed form of the "
+                "KL divergence is not at hand. Use beta='fixed' or 'adaptive' with the estimator 'k3' or 'k1'."
+            )
+        self._seen = parameters[0]
+        if not self.parameters:
+            self.parameters = tuple(p.new_empty(self.size, *p.shape[1:]) for p in parameters)
+        for kept, current in zip(self.parameters, parameters, strict=True):
+            kept[indices] = current if mask is None else current[mask]
+
+    def kl(self, indices: th.Tensor, mask: th.Tensor | None, policy: Any) -> th.Tensor:
+        """
+        KL(π_old ‖ π_new) at each sample of a minibatch, 0 where the mask is False.
+
+        :param indices: places of the samples in the rollout
+        :param mask: rows of the distribution that are samples, None if all are
+        :param policy: the policy, after it has evaluated these samples
+        :return: divergence in nats, shape (B,), differentiable
+        """
+        _, current = parameters_of(policy.action_dist)
+        if mask is None:
+            return DIVERGENCES[self.family](tuple(kept[indices] for kept in self.parameters), current)
+        # The padding of a sequence stays out of the graph, where a NaN of it would reach the weights.
+        divergence = DIVERGENCES[self.family](
+            tuple(kept[indices] for kept in self.parameters), tuple(parameter[mask] for parameter in current)
+        )
+        return scatter_to_mask(divergence, mask)
+
+
+def scatter_to_mask(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    """
+    Put values of the samples that count where the mask is True, and 0 elsewhere.
+
+    :param values: shape (n,), n being the number of True values in the mask
+    :param mask: shape (B,); None leaves the values as they are
+    :return: shape (B,)
+    """
+    if mask is None:
+        return values
+    return th.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

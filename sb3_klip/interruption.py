@@ -6,20 +6,8 @@ from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 
-def end_at_once() -> None:
-    """From now on, Ctrl-C ends the process, without a traceback: of imports it would help nobody."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def raise_again() -> None:
-    """From now on, Ctrl-C raises ``KeyboardInterrupt``, as Python has it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def deferred_interrupt() -> Iterator[None]:
     """
     Ctrl-C waits until this ends; to a process that is started meanwhile it never comes, but for Windows.
 

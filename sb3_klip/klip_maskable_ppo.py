@@ -10,13 +10,13 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.coefficients import CoefficientLike
-from sb3_klip.training import PerSampleKLTraining, check_policy, make_beta
 
 SelfKLipMaskablePPO = TypeVar("SelfKLipMaskablePPO", bound="KLipMaskablePPO")
 
 
-class KLipMaskablePPO(PerSampleKLTraining, MaskablePPO):
+class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
     """
     KLip-PPO with invalid action masking: sb3-contrib's ``MaskablePPO`` with a per-sample KL coefficient.
 
@@ -64,10 +64,7 @@ class KLipMaskablePPO(PerSampleKLTraining, MaskablePPO):
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
     ):
-        self.beta = make_beta(beta, beta_kwargs)
-        self.beta_kwargs = beta_kwargs
-        self.log_kl = log_kl
-        check_policy(policy, self.policy_aliases, MaskableActorCriticPolicy)
+        self._take_arguments(policy, MaskableActorCriticPolicy, beta, beta_kwargs, log_kl)
         super().__init__(
             policy,
             env,

@@ -8,14 +8,13 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.coefficients import CoefficientLike
-from sb3_klip.speed import check_compile
-from sb3_klip.training import PerSampleKLTraining, check_policy, make_beta
 
 SelfKLipPPO = TypeVar("SelfKLipPPO", bound="KLipPPO")
 
 
-class KLipPPO(PerSampleKLTraining, PPO):
+class KLipPPO(KLipAlgorithm, PPO):
     """
     KLip-PPO: Proximal Policy Optimization with a per-sample KL coefficient in place of the clip.
 
@@ -96,13 +95,7 @@ class KLipPPO(PerSampleKLTraining, PPO):
         log_kl: bool = False,
         compile: bool | dict[str, Any] = False,
     ):
-        # Before anything is built, so that a typo costs nothing.
-        self.beta = make_beta(beta, beta_kwargs)
-        self.beta_kwargs = beta_kwargs
-        self.log_kl = log_kl
-        check_compile(compile)
-        self.compile = compile
-        check_policy(policy, self.policy_aliases, BasePolicy)
+        self._take_arguments(policy, BasePolicy, beta, beta_kwargs, log_kl, compile)
         super().__init__(
             policy,
             env,

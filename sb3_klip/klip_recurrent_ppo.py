@@ -7,14 +7,14 @@ from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
+from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.coefficients import CoefficientLike
 from sb3_klip.surrogate import masked_mean
-from sb3_klip.training import PerSampleKLTraining, check_policy, make_beta
 
 SelfKLipRecurrentPPO = TypeVar("SelfKLipRecurrentPPO", bound="KLipRecurrentPPO")
 
 
-class KLipRecurrentPPO(PerSampleKLTraining, RecurrentPPO):
+class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
     """
     KLip-PPO with an LSTM: sb3-contrib's ``RecurrentPPO`` with a per-sample KL coefficient.
 
@@ -62,10 +62,7 @@ class KLipRecurrentPPO(PerSampleKLTraining, RecurrentPPO):
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
     ):
-        self.beta = make_beta(beta, beta_kwargs)
-        self.beta_kwargs = beta_kwargs
-        self.log_kl = log_kl
-        check_policy(policy, self.policy_aliases, RecurrentActorCriticPolicy)
+        self._take_arguments(policy, RecurrentActorCriticPolicy, beta, beta_kwargs, log_kl)
         super().__init__(
             policy,
             env,

@@ -1,10 +1,5 @@
 """Figures of coefficients, which need no training, and of runs, from their logs: ``python -m sb3_klip.plot --help``."""
 
-from sb3_klip import interruption
-
-if __name__ == "__main__":
-    interruption.end_at_once()  # until main
-
 import argparse
 import sys
 import textwrap
@@ -116,7 +111,7 @@ def gradient_multiplier(
     coefficient: Coefficient, ratio: np.ndarray, advantages: np.ndarray, clip_range: float = 0.2
 ) -> np.ndarray:
     """
-    What multiplies ``Â ∇log π(a|s)`` in the gradient: ``(w Â + β) / Â``, which is ``w (1 - g)`` for a coefficient with a gate.
+    What multiplies ``Â ∇log π(a|s)`` in the gradient: ``(w Â + β) / Â``, which is ``w (1 - g)`` where there is a removal.
 
     :param coefficient: a function of ratio and advantage only
     :param ratio: importance ratio w, any shape
@@ -342,5 +337,4 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    interruption.raise_again()
     sys.exit(main())

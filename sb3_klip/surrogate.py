@@ -1,5 +1,5 @@
 """
-PPO's policy objective in its three forms, as pure functions of tensors.
+PPO's policy objective in its three forms, as pure functions of tensors: start here to see the idea.
 
 - :func:`clip_loss`: the minimum of two terms (Schulman et al. 2017, arXiv 1707.06347, eq. 7)
 - :func:`weight_space_loss`: the surrogate less a weight-space penalty Φ, equal in value (arXiv 2606.23932, theorem 2)
@@ -7,35 +7,91 @@ PPO's policy objective in its three forms, as pure functions of tensors.
   other coefficient, a family of algorithms
 
 All return the scalar to minimise. Tensors have shape ``(B,)``, or ``(B, T)`` for sequences of tokens, and any float dtype;
-``mask`` is True where a sample counts.
+``mask`` is True where a sample counts. Notation: ratio ``w = π_new(a|s) / π_old(a|s)``, advantage ``Â``, half-width ``ε``, and
+the *removal* ``g`` in ``β = -w Â g``: the share of a sample's gradient that is taken back, so that ``1 - g`` multiplies it.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch as th
 
-from sb3_klip.coefficients import ESTIMATORS, Coefficient, CoefficientLike, make
 from sb3_klip.errors import did_you_mean
-from sb3_klip.partition import Partition, harmful_distance, partition
 
-__all__ = [
-    "Partition",
-    "PerSampleKL",
-    "clip_loss",
-    "clip_objective",
-    "harmful_distance",
-    "kl_estimate",
-    "masked_mean",
-    "partition",
-    "per_sample_beta",
-    "per_sample_kl",
-    "per_sample_kl_loss",
-    "weight_space_loss",
-    "weight_space_penalty",
-]
+if TYPE_CHECKING:
+    from sb3_klip.coefficients import Coefficient, CoefficientLike
 
-
+#: Names of the KL estimates that a weight can be put on, see :func:`kl_estimate`.
+ESTIMATORS = ("analytic", "k1", "k3")
 REDUCTIONS = ("mean", "sequence_mean", "none")
+
+
+class Partition(NamedTuple):
+    """
+    Three disjoint boolean masks that cover a batch, each of the shape of the ratio.
+
+    :param kill: the clip removes the gradient: the step was good for the objective and already too long
+    :param passed: the ratio left the band, but the gradient flows, as it leads back
+    :param inside: the ratio is in the band, its boundary included, or the advantage is zero
+    """
+
+    kill: th.Tensor
+    passed: th.Tensor
+    inside: th.Tensor
+
+
+def bounds(clip_range: float | th.Tensor) -> tuple[float | th.Tensor, float | th.Tensor]:
+    """
+    Bounds of the band ``[1 - ε, 1 + ε]`` in which ``torch.clamp`` leaves a ratio unchanged.
+
+    A linear schedule takes ε below zero when the last rollout overshoots the number of steps. There ``torch.clamp`` lets
+    the upper bound win, so both bounds are then ``1 + ε``.
+
+    :param clip_range: half-width ε, a number or a tensor that broadcasts against the ratio
+    :return: lower and upper bound
+    """
+    upper = 1 + clip_range
+    if isinstance(clip_range, th.Tensor):
+        return th.minimum(1 - clip_range, th.as_tensor(upper)), upper
+    return min(1 - clip_range, upper), upper
+
+
+def partition(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> Partition:
+    """
+    Split a batch by what PPO-Clip does to each sample's gradient.
+
+    - kill: ``(w > upper and Â > 0) or (w < lower and Â < 0)``, gradient zero
+    - passed: ``(w > upper and Â < 0) or (w < lower and Â > 0)``, gradient flows
+    - inside: everything else, gradient flows (zero where ``Â = 0``)
+
+    Source: arXiv 2606.23932; the boundary counts as inside, as it does in the gradient of ``torch.clamp``.
+
+    :param ratio: importance ratio w, any shape
+    :param advantages: advantage Â, same shape
+    :param clip_range: half-width ε of the band
+    :return: the masks ``kill``, ``passed`` and ``inside``
+    """
+    lower, upper = bounds(clip_range)
+    above, below = ratio > upper, ratio < lower
+    gain, loss = advantages > 0, advantages < 0
+    kill = (above & gain) | (below & loss)
+    passed = (above & loss) | (below & gain)
+    return Partition(kill, passed, ~(kill | passed))
+
+
+def harmful_distance(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
+    """
+    Signed distance d of a ratio past the boundary at which PPO-Clip starts to remove its gradient.
+
+    ``d = w - upper`` where ``Â >= 0`` and ``lower - w`` where ``Â < 0``: positive exactly on the kill set (where ``Â = 0``
+    there is no gradient, whatever d is). Source: arXiv 2606.23932.
+
+    :param ratio: importance ratio w, any shape
+    :param advantages: advantage Â, same shape
+    :param clip_range: half-width ε of the band
+    :return: distance in units of the ratio, same shape
+    """
+    lower, upper = bounds(clip_range)
+    return th.where(advantages < 0, lower - ratio, ratio - upper)
 
 
 def masked_mean(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
@@ -70,6 +126,7 @@ def clip_loss(
     :raises TypeError: if a dtype does not fit
     """
     _check(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
     return -masked_mean(clip_objective(th.exp(log_prob - old_log_prob), advantages, clip_range), mask)
 
 
@@ -122,6 +179,7 @@ def weight_space_loss(
     :raises TypeError: if a dtype does not fit
     """
     _check(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
     ratio = th.exp(log_prob - old_log_prob)
     return -masked_mean(advantages * ratio - weight_space_penalty(ratio, advantages, clip_range), mask)
 
@@ -133,7 +191,7 @@ class PerSampleKL(NamedTuple):
     :param loss: per-sample loss, the only differentiable term
     :param log_ratio: log w
     :param ratio: importance ratio w
-    :param gate: g in β = -w Â g
+    :param removal: g in β = -w Â g
     :param weight: weight on the KL estimate, or None
     :param estimate: the KL estimate the weight is for, or None
     """
@@ -141,7 +199,7 @@ class PerSampleKL(NamedTuple):
     loss: th.Tensor
     log_ratio: th.Tensor
     ratio: th.Tensor
-    gate: th.Tensor
+    removal: th.Tensor
     weight: th.Tensor | None
     estimate: th.Tensor | None
 
@@ -176,15 +234,15 @@ def per_sample_kl(
     log_prob: th.Tensor,
     old_log_prob: th.Tensor,
     advantages: th.Tensor,
-    coefficient: Coefficient,
+    coefficient: "Coefficient",
     clip_range: float | th.Tensor = 0.2,
     kl: th.Tensor | None = None,
     **quantities: th.Tensor | float,
 ) -> PerSampleKL:
     """
-    ``-(w Â + β log π) + weight · KL`` for each sample, with the detached β = -w Â gate.
+    ``-(w Â + β log π) + weight · KL`` for each sample, with the detached β = -w Â g.
 
-    β being detached, the gradient of ``w Â + β log π`` is that of ``Â c log π`` with ``c = w (1 - gate)``. The graph holds
+    β being detached, the gradient of ``w Â + β log π`` is that of ``Â c log π`` with ``c = w (1 - g)``. The graph holds
     this one product; what only contributes to the value is added as a constant. Autograd then associates the gradient,
     ``(g Â) c``, as it does for PPO, and the bits are PPO's for any number of samples. Two paths that cancel (one for
     ``w Â``, one for ``β log π``) round differently as soon as 1/N is not a power of two.
@@ -192,7 +250,7 @@ def per_sample_kl(
     :param log_prob: log π_new(a|s), differentiable
     :param old_log_prob: log π_old(a|s)
     :param advantages: advantage Â
-    :param coefficient: gives gate and weight
+    :param coefficient: gives removal and weight
     :param clip_range: half-width ε
     :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, where the coefficient asks for it
     :param quantities: whatever else the coefficient asks for, see :data:`sb3_klip.coefficients.QUANTITIES`
@@ -201,40 +259,40 @@ def per_sample_kl(
     with th.no_grad():
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        gate, weight = coefficient(ratio, advantages, clip_range, kl=kl, **quantities)
+        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
-        finite = ratio.masked_fill(((gate == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
-        score = (1 - gate) * finite
+        finite = ratio.masked_fill(((removal == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
+        score = (1 - removal) * finite
         constant = finite - finite * log_prob
 
     loss = -(advantages * (score * log_prob + constant))
     if weight is None:
-        return PerSampleKL(loss, log_ratio, ratio, gate, None, None)
+        return PerSampleKL(loss, log_ratio, ratio, removal, None, None)
     assert coefficient.estimator is not None
     estimate = kl_estimate(coefficient.estimator, log_prob, old_log_prob, kl)
-    return PerSampleKL(loss + weight * estimate, log_ratio, ratio, gate, weight, estimate.detach())
+    return PerSampleKL(loss + weight * estimate, log_ratio, ratio, removal, weight, estimate.detach())
 
 
 def per_sample_beta(
     ratio: th.Tensor,
     advantages: th.Tensor,
-    gate: th.Tensor,
+    removal: th.Tensor,
     weight: th.Tensor | None = None,
     estimator: str | None = None,
 ) -> th.Tensor:
     """
-    The coefficient β of log π in the objective: ``-w Â gate``, plus ``b`` for a weight b on k1, or ``-b (w - 1)`` on k3.
+    The coefficient β of log π in the objective: ``-w Â g``, plus ``b`` for a weight b on k1, or ``-b (w - 1)`` on k3.
 
     The analytic KL has no such coefficient, as its gradient is not a multiple of ∇log π(a|s).
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
-    :param gate: gate g
+    :param removal: removal g: 0 leaves a sample alone, 1 removes its gradient, more than 1 pushes it back
     :param weight: weight b on a KL estimate
     :param estimator: the estimate the weight is for
-    :return: β, same shape; zero where the gate is zero, also if w is infinite
+    :return: β, same shape; zero where the removal is zero, also if w is infinite
     """
-    beta = th.where(gate == 0, 0.0, -ratio * advantages * gate)
+    beta = th.where(removal == 0, 0.0, -ratio * advantages * removal)
     if weight is not None and estimator == "k1":
         beta = beta + weight
     elif weight is not None and estimator == "k3":
@@ -246,7 +304,7 @@ def per_sample_kl_loss(
     log_prob: th.Tensor,
     old_log_prob: th.Tensor,
     advantages: th.Tensor,
-    coefficient: str | CoefficientLike = "step",
+    coefficient: "str | CoefficientLike" = "step",
     clip_range: float | th.Tensor = 0.2,
     mask: th.Tensor | None = None,
     reduction: str = "mean",
@@ -278,12 +336,25 @@ def per_sample_kl_loss(
         raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
     if reduction == "sequence_mean" and log_prob.ndim != 2:
         raise ValueError(f"reduction='sequence_mean' needs shape (B, T), not {tuple(log_prob.shape)}")
+    # Only here: the coefficients are made of this module's functions.
+    from sb3_klip.coefficients import make
+
+    quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
+    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
     loss = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities).loss
     if reduction == "mean":
         return masked_mean(loss, mask)
-    kept = th.ones_like(loss, dtype=th.bool) if mask is None else mask
-    loss = th.where(kept, loss, 0.0)
-    return loss if reduction == "none" else (loss.sum(dim=1) / kept.sum(dim=1).clamp(min=1)).mean()
+    if reduction == "none":
+        return loss if mask is None else loss.masked_fill(~mask, 0.0)
+    if mask is None:
+        return loss.mean(dim=1).mean()
+    return (loss.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def _without_padding(value: Any, mask: th.Tensor | None) -> Any:
+    """A tensor with 0 where the mask is False: an infinity there would turn gradients into NaN (0 times inf)."""
+    is_padded = mask is not None and isinstance(value, th.Tensor) and value.shape == mask.shape
+    return value.masked_fill(~mask, 0) if is_padded else value  # type: ignore[operator]
 
 
 def _check(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None) -> None:

@@ -14,9 +14,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def _restore_registry():
     """Coefficients that a test registers are gone after it."""
-    from sb3_klip.coefficients import base
+    from sb3_klip.coefficients import registry
 
-    registry, aliases = dict(base._REGISTRY), dict(base._ALIASES)
+    words = dict(registry._WORDS)
     yield
-    base._REGISTRY.clear(), base._REGISTRY.update(registry)
-    base._ALIASES.clear(), base._ALIASES.update(aliases)
+    registry._WORDS.clear()
+    registry._WORDS.update(words)

@@ -28,7 +28,7 @@ import yaml
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from identity import assert_identical, state_tensors
+from identity_helpers import assert_identical, state_tensors
 from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy

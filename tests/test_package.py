@@ -87,7 +87,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     assert modules <= names
     # Nothing else may run when Python or torch starts.
     assert not any(name.endswith(".pth") for name in names)
-    assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "sb3_klip._autoload:watch_for_zoo"]
+    assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "sb3_klip._zoo_hook:watch_for_zoo"]
 
 
 def test_wheel_is_found_with_its_data(installed, tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m sb3_klip.benchmark report``: the tables, the statistics and the figures, from results that are made up here."""
+"""``python -m sb3_klip.experiments report``: the tables, the statistics and the figures, from results that are made up here."""
 
 import contextlib
 import io
@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 from rliable import metrics
 
-from sb3_klip.benchmark import paper, report
-from sb3_klip.benchmark.__main__ import main
-from sb3_klip.benchmark.cell import PACKAGES
-from sb3_klip.benchmark.folder import open_folder
-from sb3_klip.benchmark.results import POINTS, Result, write_result
-from sb3_klip.benchmark.suite import read_suite
+from sb3_klip.experiments import paper, report
+from sb3_klip.experiments.__main__ import main
+from sb3_klip.experiments.cell import PACKAGES
+from sb3_klip.experiments.folder import open_folder
+from sb3_klip.experiments.results import POINTS, Result, write_result
+from sb3_klip.experiments.suite import read_suite
 from sb3_klip.diagnostics import PERCENTILES
 
 ROOT = Path(__file__).parents[1]
@@ -297,7 +297,7 @@ def test_refuses_a_damaged_description(make, capsys, content):
 
 def test_committed_results_are_read_and_identical():
     """What the README shows is made from these."""
-    for folder in sorted(Path(__file__).parents[1].glob("benchmarks/results/*/suite.json")):
+    for folder in sorted(Path(__file__).parents[1].glob("results/*/suite.json")):
         manifest, results = report.read_folder(folder.parent)
         assert manifest["suite"] == folder.parent.name
         frame = report._frame(manifest["definition"], results)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from identity import Recorder, assert_identical, state_tensors, train
+from identity_helpers import Recorder, assert_identical, state_tensors, train
 from scipy.stats import mannwhitneyu
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback

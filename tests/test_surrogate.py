@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from sb3_klip.coefficients import make
-from sb3_klip.partition import bounds, harmful_distance
+from sb3_klip.surrogate import bounds, harmful_distance
 from sb3_klip.surrogate import (
     clip_loss,
     clip_objective,

@@ -8,7 +8,7 @@ import pytest
 import rl_zoo3.import_envs  # noqa: F401  registers the environments without velocities
 import torch as th
 from gymnasium import spaces
-from identity import assert_identical, state_tensors, train
+from identity_helpers import assert_identical, state_tensors, train
 from sb3_contrib import MaskablePPO, RecurrentPPO
 from sb3_contrib.common.envs import (
     InvalidActionEnvDiscrete,

@@ -31,7 +31,7 @@ import torch as th
 from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from identity import Recorder, assert_identical
+from identity_helpers import Recorder, assert_identical
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -53,7 +53,7 @@ from sb3_klip import (
     speed,
     zoo,
 )
-from sb3_klip.identity import Difference, compare_gradients, largest_difference, ulps
+from sb3_klip.verify.bits import Difference, compare_gradients, largest_difference, ulps
 from sb3_klip.resume import read_generators
 from sb3_klip.surrogate import clip_objective
 from sb3_klip.verify import analytic_residual

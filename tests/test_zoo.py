@@ -440,7 +440,7 @@ def test_import_torch_stays_silent_and_light(tmp_path):
     modules, finders = completed.stdout.splitlines()
     assert "'ZooWatch'" in finders  # otherwise this test would not say anything
     ours = {name for name in re.findall(r"'([^']+)'", modules) if name.split(".")[0] == "sb3_klip"}
-    assert ours == {"sb3_klip", "sb3_klip._autoload"}
+    assert ours == {"sb3_klip", "sb3_klip._zoo_hook"}
     for name in ("rl_zoo3", "stable_baselines3", "sb3_contrib", "gymnasium", "sb3_klip.zoo"):
         assert f"'{name}'" not in modules
         assert not re.search(rf"\| +{name}$", completed.stderr, re.MULTILINE)

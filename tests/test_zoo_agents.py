@@ -28,7 +28,7 @@ import yaml
 from commands import config, python, train
 from gymnasium import spaces
 from huggingface_sb3 import EnvironmentName
-from identity import assert_identical
+from identity_helpers import assert_identical
 from requests.exceptions import HTTPError
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_model_path

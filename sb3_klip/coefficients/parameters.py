@@ -50,9 +50,9 @@ Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0)]
 Schedule: TypeAlias = Callable[[float], float]
 
 
-def everywhere(value: float, like: th.Tensor) -> th.Tensor:
+def constant_like(value: float, like: th.Tensor) -> th.Tensor:
     """
-    One number for all samples.
+    A tensor with one number for all samples.
 
     Not ``full_like``, which ``torch.compile`` would compile anew for each number that a schedule takes.
 

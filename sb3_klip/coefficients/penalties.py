@@ -4,13 +4,19 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import torch as th
 
-from sb3_klip.coefficients.base import register
-from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive, everywhere
+from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive, constant_like
+from sb3_klip.coefficients.registry import register
 
 Estimator: TypeAlias = Literal["analytic", "k1", "k3"]
 
 
-@register("trust_region", "tr_ppo")
+@register(
+    "trust_region",
+    "tr_ppo",
+    formula="1 where the state's KL >= delta and (w - 1) Â > 0, else 0",
+    source='TR-PPO, Y. Wang et al., "Truly Proximal Policy Optimization", UAI 2020, arXiv 1903.07940',
+    search={"delta": (0.003, 0.1)},
+)
 def trust_region(
     ratio: th.Tensor,
     advantages: th.Tensor,
@@ -20,33 +26,36 @@ def trust_region(
     delta: Positive = 0.035,
 ) -> th.Tensor:
     """
-    g = 1 where the state's KL divergence has reached δ and the step goes on in that direction, (w - 1) Â > 0.
-
-    Source: TR-PPO, Y. Wang et al., "Truly Proximal Policy Optimization", UAI 2020.
+    A sample is dropped where its state's KL divergence has reached a bound and the step goes on in that direction.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
     :param kl: KL(π_old ‖ π_new) of each state
-    :param delta: δ, in nats
-    :return: gate
+    :param delta: bound, in nats
+    :return: removal
     """
-    return beyond(ratio, advantages, kl, delta).to(ratio.dtype)
+    return leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
 
 
-def beyond(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, delta: float) -> th.Tensor:
+def leaves_trust_region(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, delta: float) -> th.Tensor:
     """Samples whose state has left the trust region, and that would lead on away from it."""
     return (kl >= delta) & ((ratio - 1) * advantages > 0)
 
 
+@register(
+    "truly",
+    "truly_ppo",
+    formula="b = alpha where the state's KL >= delta and (w - 1) Â > 0, else 0",
+    source='Truly PPO, Y. Wang et al., "Truly Proximal Policy Optimization", UAI 2020, arXiv 1903.07940',
+    search={"delta": (0.003, 0.1), "alpha": (0.5, 50.0)},
+)
 class Truly:
     """
-    g = 0, and a weight α on the analytic KL where it has reached δ and the step goes on in that direction.
+    A penalty on the analytic KL where it has reached a bound and the step goes on in that direction; w Â is kept as it is.
 
-    Source: Truly PPO, Y. Wang et al., UAI 2020. The sample's own w Â is kept.
-
-    :param delta: δ, in nats
-    :param alpha: α, per nat
+    :param delta: bound, in nats
+    :param alpha: weight, per nat
     """
 
     estimator = "analytic"
@@ -61,14 +70,17 @@ class Truly:
         delta: Positive = 0.03,
         alpha: NonNegative = 5.0,
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Gate and weight of each sample."""
-        return th.zeros_like(ratio), alpha * beyond(ratio, advantages, kl, delta).to(ratio.dtype)
+        """Removal and weight of each sample."""
+        return th.zeros_like(ratio), alpha * leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
 
 
-register("truly", "truly_ppo")(Truly)
-
-
-@register("fixed", "ppo_kl")
+@register(
+    "fixed",
+    "ppo_kl",
+    formula="b = value",
+    source="PPO with a fixed KL penalty, arXiv 1707.06347, sec. 4",
+    search={"value": (0.03, 10.0)},
+)
 def fixed(
     ratio: th.Tensor,
     advantages: th.Tensor,
@@ -78,26 +90,30 @@ def fixed(
     estimator: Estimator = "analytic",
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    g = 0, and one weight b on the KL divergence from the rollout policy, for all samples.
-
-    Source: PPO with a fixed KL penalty, arXiv 1707.06347, sec. 4.
+    One weight on the KL divergence from the rollout policy, for all samples.
 
     :param ratio: importance ratio w
     :param advantages: not used
     :param clip_range: not used
-    :param value: b, per nat
+    :param value: weight, per nat
     :param estimator: ``"analytic"`` (closed form), ``"k1"`` or ``"k3"`` (from the sampled action)
-    :return: gate and weight
+    :return: removal and weight
     """
-    return th.zeros_like(ratio), everywhere(value, ratio)
+    return th.zeros_like(ratio), constant_like(value, ratio)
 
 
+@register(
+    "adaptive",
+    "ppo_adaptive_kl",
+    formula="b, times factor after a rollout with KL > 1.5 kl_target, divided by it below kl_target / 1.5",
+    source="PPO with an adaptive KL penalty, arXiv 1707.06347, eq. 8; the target 0.02 is ε²/2",
+    search={"kl_target": (0.003, 0.1)},
+)
 class Adaptive:
     """
     As ``fixed``, with b doubled after a rollout whose KL exceeded 1.5 times the target, halved below target / 1.5.
 
     The KL is that of the final policy, averaged over the whole rollout; b stays within 1e-4 and 1e4.
-    Source: PPO with an adaptive KL penalty, arXiv 1707.06347, eq. 8; the target 0.02 is ε²/2.
 
     :param initial: b at the start, per nat
     :param kl_target: in nats
@@ -121,8 +137,8 @@ class Adaptive:
         factor: Annotated[float, Interval(1.0, low_open=True)] = 2.0,
         estimator: Estimator = "analytic",
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Gate and weight of each sample."""
-        return th.zeros_like(ratio), everywhere(initial if self.value is None else self.value, ratio)
+        """Removal and weight of each sample."""
+        return th.zeros_like(ratio), constant_like(initial if self.value is None else self.value, ratio)
 
     def end_update(self, kl: float, *, initial: float, kl_target: float, factor: float, estimator: str) -> None:
         """Change b by the KL divergence that the update ended with."""
@@ -140,6 +156,3 @@ class Adaptive:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the value of b."""
         self.value = float(state["value"])
-
-
-register("adaptive", "ppo_adaptive_kl")(Adaptive)

@@ -5,50 +5,42 @@ from typing import Any
 
 import torch as th
 
-from sb3_klip.coefficients.base import Coefficient, GateFunction, make, register
-from sb3_klip.coefficients.parameters import NonNegative, Positive, everywhere
+from sb3_klip.coefficients.coefficient import Coefficient
+from sb3_klip.coefficients.parameters import NonNegative, Positive, constant_like
+from sb3_klip.coefficients.registry import make, register
 
 
-class Scaled(Coefficient):
+class Product(Coefficient):
     """
-    The product of a function and another coefficient, given by the function's parameters ``base`` and ``base_kwargs``.
+    Removal and weight of one coefficient times the removal of another; what the first learns, this one learns.
 
-    :param function: returns the factor on gate and weight of the base
+    :param base: the coefficient that is scaled
+    :param factor: the coefficient whose removal is the factor; it must have no weight and learn nothing
     :param name: how it is shown and saved
-    :param parameters: values for the function's keyword-only arguments
+    :param parameters: what makes it again under that name
     """
 
-    def __init__(self, function: GateFunction, name: str, parameters: Mapping[str, Any] | None = None):
-        given = dict(parameters or {})
-        self.base = make(given.get("base", "step"), **(given.get("base_kwargs") or {}))
-        super().__init__(function, name, {**given, "base": self.base.name, "base_kwargs": self.base.parameters})
-
-    @property
-    def requests(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self._arguments + self.base.requests))
-
-    @property
-    def estimator(self) -> str | None:
-        return self.base.estimator
-
-    @property
-    def needs_clip_range(self) -> bool:
-        return self.base.needs_clip_range
-
-    @property
-    def learns(self) -> bool:
-        return self.base.learns
+    def __init__(self, base: Coefficient, factor: Coefficient, name: str, parameters: Mapping[str, Any]):
+        self.base, self.factor, self.name, self.parameters = base, factor, name, dict(parameters)
+        self.settings = {}
+        self.function = base.function
+        self.requests = tuple(dict.fromkeys(factor.requests + base.requests))
+        self.estimator, self.needs_clip_range, self.learns = base.estimator, base.needs_clip_range, base.learns
 
     def set_progress(self, progress_remaining: float) -> None:
-        super().set_progress(progress_remaining)
         self.base.set_progress(progress_remaining)
+        self.factor.set_progress(progress_remaining)
 
-    def _evaluate(
-        self, ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, quantities: Mapping[str, Any]
+    def __call__(
+        self,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        clip_range: float | th.Tensor,
+        **quantities: th.Tensor | float | None,
     ) -> tuple[th.Tensor, th.Tensor | None]:
-        strength, _ = super()._evaluate(ratio, advantages, clip_range, quantities)
-        gate, weight = self.base(ratio, advantages, clip_range, **quantities)
-        return strength * gate, None if weight is None else strength * weight
+        strength, _ = self.factor(ratio, advantages, clip_range, **quantities)
+        removal, weight = self.base(ratio, advantages, clip_range, **quantities)
+        return strength * removal, None if weight is None else strength * weight
 
     def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
         return self.base.stop(ratio, mask)
@@ -56,43 +48,61 @@ class Scaled(Coefficient):
     def end_update(self, kl: float) -> None:
         self.base.end_update(kl)
 
-    def state_dict(self) -> dict[str, Any]:
-        return self.base.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.base.load_state_dict(state)
-
-
-@register("position", kind=Scaled)
-def episode_strength(
+def ramp_over_episode(
     ratio: th.Tensor,
     advantages: th.Tensor,
     clip_range: float | th.Tensor,
     position: th.Tensor,
+    *,
+    start: NonNegative = 1.0,
+    end: NonNegative = 1.3,
+    horizon: Positive = 1000.0,
+) -> th.Tensor:
+    """
+    Linear in the step of the episode, from ``start`` to ``end``, and constant from step ``horizon`` on.
+
+    :param ratio: importance ratio w
+    :param advantages: not used
+    :param clip_range: not used
+    :param position: steps since the start of the episode
+    :param start: value at the first step of an episode
+    :param end: value from step ``horizon`` on
+    :param horizon: in steps
+    :return: factor, like the ratio
+    """
+    first, last = constant_like(start, position), constant_like(end, position)
+    return first + (last - first) * (position / horizon).clamp(max=1)
+
+
+@register(
+    "position",
+    factory=True,
+    formula="the coefficient base, times a factor from start to end, linear in the step of the episode up to horizon",
+    source="arXiv 2606.23932, position-aware coefficients; the linear form and the defaults (PPO-Clip to PPO-RB) are ours",
+)
+def position(
     *,
     base: Any = "step",
     base_kwargs: dict[str, Any] | None = None,
     start: NonNegative = 1.0,
     end: NonNegative = 1.3,
     horizon: Positive = 1000.0,
-) -> th.Tensor:
+) -> Coefficient:
     """
-    The strength of the coefficient ``base``, linear in the sample's position in its episode, from ``start`` to ``end``.
+    The coefficient ``base``, scaled by :func:`ramp_over_episode`.
 
-    Source: arXiv 2606.23932, position-aware coefficients; the linear form and the defaults (from PPO-Clip to PPO-RB) are
-    ours. A strength below 1 leaves a part of each clipped sample's gradient, which grows with w and is bounded by nothing:
-    with ``end=0.5``, training collapsed on Hopper-v4 (a return of 14 after 100 000 steps, and of 1008 with ``step``).
+    A strength below 1 leaves a part of each clipped sample's gradient, which grows with w and is bounded by nothing: with
+    ``end=0.5``, training collapsed on Hopper-v4 (a return of 14 after 100 000 steps, and of 1008 with ``step``).
 
-    :param ratio: importance ratio w
-    :param advantages: not used
-    :param clip_range: not used
-    :param position: steps since the start of the episode
     :param base: the coefficient that is scaled, as in ``beta``
     :param base_kwargs: its parameters, as in ``beta_kwargs``
     :param start: strength at the first step of an episode
     :param end: strength from step ``horizon`` on
     :param horizon: in steps
-    :return: factor on the gate (and weight) of ``base``
+    :return: the coefficient
     """
-    first, last = everywhere(start, position), everywhere(end, position)
-    return first + (last - first) * (position / horizon).clamp(max=1)
+    factor = Coefficient(ramp_over_episode, "position", {"start": start, "end": end, "horizon": horizon})
+    scaled = make(base, **(base_kwargs or {}))
+    parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}
+    return Product(scaled, factor, "position", parameters)

@@ -1,0 +1,127 @@
+"""What the algorithms share beside the update: their own arguments, how they are set up, and their rollouts."""
+
+import warnings
+from typing import Any
+
+from sb3_contrib.common.maskable import distributions as maskable
+from stable_baselines3.common import distributions
+
+from sb3_klip.checkpoints.mixin import Checkpoints
+from sb3_klip.coefficients import Coefficient, CoefficientLike
+from sb3_klip.coefficients.registry import make_beta
+from sb3_klip.errors import did_you_mean
+from sb3_klip.fast.compiling import check_compile
+from sb3_klip.fast.forward import short_forward
+from sb3_klip.training import PerSampleKLTraining
+
+#: The distributions of policies whose KL divergence has a closed form, see :mod:`sb3_klip.divergence`.
+CLOSED_FORM = (
+    distributions.DiagGaussianDistribution,
+    distributions.StateDependentNoiseDistribution,
+    distributions.CategoricalDistribution,
+    distributions.MultiCategoricalDistribution,
+    distributions.BernoulliDistribution,
+    maskable.MaskableCategoricalDistribution,
+    maskable.MaskableMultiCategoricalDistribution,
+    maskable.MaskableBernoulliDistribution,
+)
+
+
+class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
+    """The base of this package's algorithms; ``isinstance(model, KLipAlgorithm)`` tells them from others."""
+
+    beta_kwargs: dict[str, Any] | None
+    # A name only after loading a file whose coefficient is not known.
+    _beta: str | Coefficient
+
+    def _take_arguments(
+        self,
+        policy: str | type,
+        policy_base: type,
+        beta: str | CoefficientLike,
+        beta_kwargs: dict[str, Any] | None,
+        log_kl: bool,
+        compile: bool | dict[str, Any] = False,
+    ) -> None:
+        """
+        Check and keep the arguments that the base class does not have, before anything is built, so that a typo costs nothing.
+
+        :param policy: as given to the constructor
+        :param policy_base: class that the algorithm's policies derive from
+        :param beta: the coefficient
+        :param beta_kwargs: its parameters
+        :param log_kl: whether to log the KL divergence
+        :param compile: whether to compile the update, or arguments of ``torch.compile``
+        :raises ValueError: if one of them is none of those that fit
+        :raises TypeError: if one of them is of a wrong type
+        """
+        self._beta, self.beta_kwargs = make_beta(beta, beta_kwargs), beta_kwargs
+        self.log_kl = log_kl
+        check_compile(compile)
+        self.compile = compile
+        aliases = self.policy_aliases
+        if isinstance(policy, str) and policy not in aliases:
+            raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")
+        if isinstance(policy, type) and not issubclass(policy, policy_base):
+            names = ", ".join(aliases)
+            raise ValueError(f"policy={policy.__name__} must derive from {policy_base.__name__}, as do {names}")
+
+    @property
+    def beta(self) -> Any:
+        """The coefficient; another one can be set as in the constructor, by name or as a function, with its defaults."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: str | CoefficientLike) -> None:
+        coefficient = make_beta(value)
+        self._check_coefficient(coefficient)
+        self._beta, self.beta_kwargs = coefficient, None
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        self._known_coefficient()
+        return super()._setup_learn(*args, **kwargs)
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        # A file has the coefficient as a name and parameters, and SB3 puts them where it puts all attributes.
+        saved = {name: vars(self).pop(name) for name in ("beta", "beta_state") if name in vars(self)}
+        if "beta" in saved:
+            try:
+                self._beta = make_beta(saved["beta"], self.beta_kwargs)
+            except Exception as error:
+                self._beta = saved["beta"]
+                warnings.warn(
+                    f"The coefficient {saved['beta']!r} that this model was saved with cannot be made ({error}) "
+                    "The model predicts, but does not train.",
+                    stacklevel=3,
+                )
+                return
+            self._beta.load_state_dict(saved.get("beta_state", {}).get(self._beta.name, {}))
+        self._check_coefficient(self._known_coefficient())
+        if self.compile:
+            try:  # the constructor has seen to it, but a file may be from elsewhere
+                check_compile(self.compile)
+            except Exception as error:
+                warnings.warn(f"The update is not compiled, as that of the saved model was: {error}", stacklevel=3)
+                self.compile = False
+
+    def _check_coefficient(self, coefficient: Coefficient) -> None:
+        """
+        Refuse a coefficient that cannot be trained with, for what only the policy and the schedules tell.
+
+        :raises ValueError: with the reason
+        """
+        if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
+            raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
+        action_dist = getattr(self.policy, "action_dist", None)
+        if (coefficient.needs_kl or self.log_kl) and not isinstance(action_dist, CLOSED_FORM):
+            raise ValueError(
+                f"{'log_kl=True' if self.log_kl else f'beta={coefficient!r}'} needs the closed form of the KL divergence, "
+                f"which is not known for the policy's {type(action_dist).__name__}. "
+                "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
+            )
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """Collect experiences, as the base class does."""
+        with short_forward(self.policy):
+            return super().collect_rollouts(*args, **kwargs)

@@ -1,0 +1,260 @@
+"""Saving, loading and resuming: what the algorithms add to ``save``, ``load`` and ``learn`` of Stable-Baselines3."""
+
+import copy
+import io
+import pathlib
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
+
+from sb3_klip.checkpoints.arguments import LoadArguments
+from sb3_klip.checkpoints.callback_state import continue_callbacks, plain_state
+from sb3_klip.checkpoints.file import FORMAT, RESUME, Checkpoint
+from sb3_klip.checkpoints.parameters import check_parameters, plain_names
+from sb3_klip.checkpoints.resuming import Boundary, read_state, restore_state
+from sb3_klip.checkpoints.zoo_run import statistics_file
+from sb3_klip.coefficients import Coefficient
+from sb3_klip.files import write_atomically
+from sb3_klip.reproducibility import read_generators, set_generators
+
+SelfCheckpoints = TypeVar("SelfCheckpoints", bound="Checkpoints")
+
+
+class Checkpoints(OnPolicyAlgorithm):
+    """``save``, ``load``, ``set_parameters`` and the continuation of runs, for the algorithms of this package."""
+
+    # The coefficient, see sb3_klip.algorithm.
+    beta: Any
+    # The last moment between two rollouts, if that is now; see sb3_klip.checkpoints.resuming.
+    _boundary: Boundary | None = None
+    # What is to be called at such moments.
+    _at_boundaries: tuple[Callable[[], None], ...] = ()
+    # What a resumed run goes on with when learning begins, in a model that was loaded with resume=True.
+    _resuming: dict[str, Any] | None = None
+    # The callbacks of the running call of learn, and their plain data when it began.
+    _callback: BaseCallback | None = None
+    _callback_state: list[dict[str, Any]] | None = None
+    # Steps at which the running call of learn began to count.
+    _first_timestep: int = 0
+
+    # -- moments between two rollouts ----------------------------------------------------------------------------------
+
+    @property
+    def between_rollouts(self) -> bool:
+        """
+        Whether now is a moment at which ``save(..., resumable=True)`` works.
+
+        That is while nothing has been collected since the last update: from the end of ``train`` to ``on_rollout_start``,
+        and after ``learn``, as long as nobody has stepped the environments meanwhile.
+        """
+        return self._boundary is not None and self._boundary.is_now(self)
+
+    def at_rollout_boundaries(self, function: Callable[[], None]) -> None:
+        """
+        Have a function called at each moment between two rollouts of this call of ``learn``, and at its end.
+
+        :param function: takes nothing; the model may be saved in it, with ``resumable=True``
+        """
+        self._at_boundaries += (function,)
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        """Collect a rollout, as the base class does; a run that is resumed goes on with its random generators here."""
+        if self._resuming is not None:
+            set_generators(self._resuming["generators"])
+            self._resuming = None
+        # Before gSDE draws its noise, so that a checkpoint from on_rollout_start draws the same again.
+        self._boundary = Boundary.now(self, read_generators())
+        for function in self._at_boundaries:
+            function()
+        try:
+            return super().collect_rollouts(*args, **kwargs)
+        except BaseException:  # Ctrl-C inside an environment leaves it in the middle of a step
+            self._boundary = None
+            raise
+
+    def train(self) -> None:
+        """Update the policy on the current rollout."""
+        self._boundary = None
+        super().train()
+        self._boundary = Boundary.now(self)
+        if self.num_timesteps >= self._total_timesteps:
+            for function in self._at_boundaries:
+                function()
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> Any:
+        self._at_boundaries = ()
+        resuming = self._resuming
+        if resuming is None:
+            self._first_timestep = 0 if reset_num_timesteps else self.num_timesteps
+        else:
+            total_timesteps = self._remaining_timesteps(total_timesteps, reset_num_timesteps)
+            reset_num_timesteps = False  # SB3 adds the steps that were taken
+        total_timesteps, callback = super()._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        self._callback, self._callback_state = callback, plain_state(callback)
+        if resuming is not None:
+            continue_callbacks(callback, resuming["callbacks"], self.num_timesteps // self.n_envs)
+        return total_timesteps, callback
+
+    def _remaining_timesteps(self, total_timesteps: int, reset_num_timesteps: bool) -> int:
+        """Steps that a call of ``learn`` has left which is made again, with the same arguments, in a resumed run."""
+        if not reset_num_timesteps and self.num_timesteps >= self._total_timesteps:
+            self._first_timestep = self.num_timesteps  # the saved call had come to its end, so this one is the next
+            return total_timesteps
+        end = total_timesteps if reset_num_timesteps else total_timesteps + self._first_timestep
+        if end != self._total_timesteps:
+            warnings.warn(
+                f"total_timesteps={total_timesteps} ends this run at {end} steps, and the run that is resumed would have "
+                f"ended at {self._total_timesteps}: what follows the progress of training, such as a schedule, is not what "
+                "it would have been.",
+                stacklevel=5,
+            )
+        return end - self.num_timesteps
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _excluded_save_params(self) -> list[str]:
+        private = ["_boundary", "_at_boundaries", "_resuming", "_callback", "_callback_state", "_beta", "update_beta"]
+        return [*super()._excluded_save_params(), *private]
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+        resumable: bool = False,
+    ) -> None:
+        """
+        Save the model to a zip file that ``PPO.load`` opens as well; the coefficient stands there as plain JSON.
+
+        A file with the same name is replaced in one step, so that a kill at any moment leaves one of the two whole.
+
+        :param path: file to write; ".zip" is added to a name without a suffix
+        :param exclude: attributes to leave out in addition to the default ones
+        :param include: attributes to keep although they are left out by default
+        :param resumable: whether to save as well what a run needs to go on exactly where it was: random generators, the
+            environments in the middle of their episodes and their wrappers, the last observations, what callbacks remember.
+            Between two rollouts only: see :class:`~sb3_klip.ResumableCheckpointCallback`.
+        :raises ValueError: if ``resumable`` in the middle of a rollout or an update
+        """
+        state = read_state(self) if resumable else None
+        # What the file has and the model has not goes into a copy: the model may be in use in another thread.
+        shown = copy.copy(self)
+        beta = self.beta
+        extra: dict[str, Any] = {"beta": beta, "klip_format": FORMAT}
+        if isinstance(beta, Coefficient):
+            extra.update(beta=beta.name, beta_kwargs=beta.parameters, beta_state={beta.name: beta.state_dict()})
+        vars(shown).update(extra)
+        buffer = io.BytesIO()
+        super(Checkpoints, shown).save(buffer, exclude, include)
+        if state is not None:
+            with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr(RESUME, state)
+        if not isinstance(path, (str, pathlib.Path)):
+            open_path(path, "w").write(buffer.getvalue())
+            return
+        path = pathlib.Path(path)
+        if path.suffix == "":
+            path = path.with_name(f"{path.name}.zip")
+        if path.is_dir():
+            path = path.with_name(f"{path.name}_2")
+            warnings.warn(f"A folder has the name of the file to save, so it is saved to {path}", stacklevel=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue())
+
+    @classmethod
+    def load(
+        cls: type[SelfCheckpoints],
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: Any = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trusted: bool = True,
+        resume: bool = False,
+        **kwargs: Any,
+    ) -> SelfCheckpoints:
+        """
+        Load a model from a zip file, as SB3 does; also one that the base class saved, or RL Zoo in the days of ``gym``.
+
+        A checkpoint holds pickles, which run code when they are loaded. Of a file that you have no reason to trust, load
+        plain data only, with ``trusted=False``.
+
+        :param path: the file, with or without ".zip", or an open one
+        :param env: the environment to train on; its observation space may differ from the file's in dtype and bounds
+        :param device: Device (cpu, cuda, ...) on which to run
+        :param custom_objects: attributes to take instead of those in the file
+        :param print_system_info: Whether to print the system that saved the file, and this one
+        :param force_reset: Whether to reset ``env`` before training
+        :param trusted: Whether the file may run code. With False, weights, spaces and plain hyperparameters are restored,
+            functions are replaced as if they could not be restored, and a file with anything else is refused.
+        :param resume: Whether to restore all that ``save(..., resumable=True)`` has saved, so that ``learn``, called as in the
+            interrupted run, takes the steps that remain and ends as that run would have ended
+        :param kwargs: arguments of the constructor to take instead of those in the file; a new ``beta`` comes with its own
+            ``beta_kwargs``, and not with those of the file
+        :return: the model
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is not a whole checkpoint of the right algorithm, does not fit ``env``, is not trusted
+            and holds more than plain data, or has nothing to resume from
+        """
+        arguments = LoadArguments(cls, custom_objects, kwargs)
+        checkpoint = Checkpoint.read(path)
+        checkpoint.check_algorithm(cls)
+        state = checkpoint.resume_state(trusted) if resume else None
+        if resume and env is None:
+            raise ValueError("resume=True needs env, made as that of the interrupted run")
+        arguments.read(checkpoint, trusted)
+        if env is not None:
+            env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
+            arguments.fit(env)
+        model = super().load(
+            checkpoint.file, env, device, arguments.objects, print_system_info, force_reset, **arguments.kwargs
+        )
+        arguments.warn_of_lost(model)
+        statistics = None if env is None or checkpoint.path is None else statistics_file(checkpoint.path)
+        if statistics is not None and model.get_vec_normalize_env() is None:
+            warnings.warn(
+                f"The agent has learned from normalized observations or rewards, as {statistics} lies beside it, but env does "
+                f"not normalize. Wrap it: env = sb3_klip.load_vecnormalize({str(statistics)!r}, env)",
+                stacklevel=2,
+            )
+        if state is not None:
+            model._resuming = restore_state(model, state)
+        return model
+
+    def set_parameters(self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: Any = "auto") -> None:
+        """
+        Load parameters from a file or a dictionary, as SB3 does.
+
+        :param load_path_or_dict: a checkpoint, or what ``get_parameters`` returns
+        :param exact_match: Whether all parameters must be there, and no others
+        :param device: Device on which to load them
+        :raises ValueError: if they are of another architecture, or the file is not a checkpoint of the right algorithm; the
+            model is then as it was
+        """
+        name = "load_path_or_dict"
+        if not isinstance(load_path_or_dict, dict):
+            checkpoint = Checkpoint.read(load_path_or_dict)
+            checkpoint.check_algorithm(type(self))
+            name = checkpoint.name
+            _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
+        if "policy" in load_path_or_dict:
+            policy = plain_names(load_path_or_dict["policy"])
+            load_path_or_dict = {**load_path_or_dict, "policy": policy}  # type: ignore[dict-item]
+        check_parameters(load_path_or_dict, self.policy, name, exact_match)
+        super().set_parameters(load_path_or_dict, exact_match, device)

@@ -1,0 +1,65 @@
+"""Parameters and optimizer states of a file, held against those of a policy before any of them is copied."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch as th
+
+#: What optimizers remember of a parameter in its own shape; some, such as Adafactor, have other shapes as well.
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "momentum_buffer")
+
+
+def plain_names(state: Any) -> dict[str, Any]:
+    """
+    A policy's state dict under the names of its modules: older versions of SB3 saved those that ``torch.compile`` gave them.
+
+    :param state: as ``policy.state_dict()``
+    """
+    return {key.removeprefix("_orig_mod."): value for key, value in state.items()}
+
+
+def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: str, exact: bool) -> None:
+    """
+    Refuse parameters of another architecture, before any of them is copied.
+
+    :param parameters: state dicts by name, as ``get_parameters`` returns them
+    :param policy: the policy that they are for
+    :param name: what to call them in messages
+    :param exact: whether all parameters must be there
+    :raises ValueError: naming the parameters that do not fit, with both shapes
+    """
+    given, own = parameters.get("policy", {}), policy.state_dict()
+    problems = [
+        f"{key} is {tuple(given[key].shape)} and should be {tuple(own[key].shape)}"
+        for key in given
+        if key in own and hasattr(given[key], "shape") and given[key].shape != own[key].shape
+    ]
+    if exact:
+        problems += [f"{key} is not known to the model" for key in given if key not in own]
+        if given:
+            # Policies from before SB3 1.7 lack the names of the extractor that they share, which SB3 sees to.
+            shared = ("pi_features_extractor.", "vf_features_extractor.")
+            problems += [f"{key} is missing" for key in own if key not in given and not key.startswith(shared)]
+    problems += _moments_that_do_not_fit(parameters.get("policy.optimizer"), policy)
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(
+            f"{name} holds the parameters of a policy of another architecture than this {type(policy).__name__}: "
+            f"{'; '.join(problems[:4])}{more}. Make the model with the policy and policy_kwargs that the file's had."
+        )
+
+
+def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
+    """Problems with the state of an optimizer, whose ``load_state_dict`` looks at none of the shapes."""
+    if not state or not {"state", "param_groups"} <= state.keys():
+        return []  # Stable-Baselines3 refuses what is no optimizer's state
+    own = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
+    given = [index for group in state["param_groups"] for index in group["params"]]
+    if len(given) != len(own):
+        return [f"the optimizer has {len(given)} tensors and should have {len(own)}"]
+    return [
+        f"the optimizer's {key} of tensor {index} is {tuple(value.shape)} and should be {tuple(parameter.shape)}"
+        for index, parameter in zip(given, own, strict=True)
+        for key, value in state["state"].get(index, {}).items()
+        if key in _LIKE_PARAMETER and value.shape != parameter.shape
+    ]

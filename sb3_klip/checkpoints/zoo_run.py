@@ -1,0 +1,118 @@
+"""What RL Zoo puts beside a checkpoint: hyperparameters, arguments and ``VecNormalize`` statistics."""
+
+import pathlib
+import re
+import warnings
+from typing import Any
+
+import yaml
+from stable_baselines3.common.utils import ConstantSchedule
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_klip.checkpoints.spaces import fit_space
+from sb3_klip.checkpoints.unpickling import NotRestorableError, RefusedError, loads
+
+
+def zoo_schedule(value: Any) -> Any:
+    """A schedule as RL Zoo's YAML writes it, a number or "lin_x"; None if it is neither."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if not isinstance(value, str):
+        return ConstantSchedule(float(value))
+    # Only here: RL Zoo takes seconds to import.
+    from rl_zoo3.utils import SimpleLinearSchedule
+
+    try:
+        return SimpleLinearSchedule(value.removeprefix("lin_")) if value.startswith("lin_") else None
+    except ValueError:
+        return None
+
+
+class _ZooYaml(yaml.SafeLoader):
+    """RL Zoo writes an OrderedDict, which is plain data, but with a tag that the safe loader does not know."""
+
+
+def _ordered_dict(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, Any]:
+    (pairs,) = loader.construct_sequence(node, deep=True)  # type: ignore[arg-type]
+    return dict(pairs)
+
+
+_ZooYaml.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
+_ZooYaml.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node)))  # type: ignore[arg-type]
+
+
+def read_zoo_yaml(file: pathlib.Path) -> dict[str, Any]:
+    """
+    Read a ``config.yml`` or ``args.yml`` of RL Zoo, running nothing in it.
+
+    :param file: the file
+    :return: what it holds; empty if that is anything but plain data
+    """
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ZooYaml)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        warnings.warn(f"{file} could not be read, and was left out of account: {error}", stacklevel=3)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def run_folder(checkpoint: pathlib.Path | None) -> pathlib.Path | None:
+    """
+    The folder in which RL Zoo keeps what belongs to a checkpoint: hyperparameters and statistics.
+
+    :param checkpoint: for example ``logs/ppo/Hopper-v3_1/Hopper-v3.zip``; also ``best_model.zip`` or a checkpoint beside it
+    :return: here ``logs/ppo/Hopper-v3_1/Hopper-v3``; the file's own folder if it has a ``config.yml`` (as on the hub); or None
+    """
+    if checkpoint is None:
+        return None
+    # A folder of that name on the hub is the zip file, unpacked.
+    if (own := checkpoint.with_suffix("")).is_dir() and not (own / "policy.pth").exists():
+        return own
+    configs = list(checkpoint.parent.glob("*/config.yml"))
+    if len(configs) == 1:
+        return configs[0].parent
+    return checkpoint.parent if (checkpoint.parent / "config.yml").is_file() else None
+
+
+def statistics_file(checkpoint: pathlib.Path) -> pathlib.Path | None:
+    """
+    The ``VecNormalize`` statistics that belong to a checkpoint, wherever SB3, RL Zoo and the hub put them.
+
+    :param checkpoint: path of the checkpoint
+    :return: path of the statistics, if there are any
+    """
+    # SB3's CheckpointCallback: rl_model_1000_steps.zip, rl_model_vecnormalize_1000_steps.pkl
+    steps = re.fullmatch(r"(.*)_(\d+_steps)\.zip", checkpoint.name)
+    candidates = [checkpoint.with_name(f"{steps[1]}_vecnormalize_{steps[2]}.pkl")] if steps else []
+    if (folder := run_folder(checkpoint)) is not None:
+        candidates.append(folder / "vecnormalize.pkl")
+    candidates.append(checkpoint.with_name("vec_normalize.pkl"))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = True) -> VecNormalize:
+    """
+    Load statistics that ``VecNormalize.save`` wrote, as ``VecNormalize.load`` does; also those from the days of ``gym``.
+
+    :param path: path of the file
+    :param venv: environments to normalize
+    :param trusted: whether the file may run code; with False, anything in it but plain data is refused
+    :return: the environments with the statistics
+    :raises ValueError: if the file holds anything else, or is refused
+    """
+    content = pathlib.Path(path).read_bytes()
+    try:
+        statistics = loads(content, trusted=trusted)
+    except (RefusedError, NotRestorableError) as error:
+        raise ValueError(f"{str(path)!r} is refused, as it is not trusted: it names {error}") from error
+    except Exception as error:  # whatever the letters of a text mean to pickle
+        raise ValueError(f"{str(path)!r} is not a pickle, or was cut off: {error}") from error
+    if not isinstance(statistics, VecNormalize):
+        raise ValueError(f"{str(path)!r} holds a {type(statistics).__name__}, and not VecNormalize")
+    if not fit_space(statistics.observation_space, venv.observation_space):
+        raise ValueError(
+            f"{str(path)!r} does not fit the environments: its observation_space is {statistics.observation_space}, "
+            f"and theirs is {venv.observation_space}"
+        )
+    statistics.set_venv(venv)
+    return statistics

@@ -1,0 +1,240 @@
+"""What a coefficient is: a function of per-sample tensors, with its parameters and what it learns."""
+
+import copy
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch as th
+
+from sb3_klip.coefficients.parameters import Parameter, check_names
+from sb3_klip.errors import did_you_mean
+
+#: What a coefficient may ask for by naming it as an argument, beyond ``ratio``, ``advantages`` and ``clip_range``.
+QUANTITIES: dict[str, str] = {
+    "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
+    "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
+    "progress": "share of training done, from 0 to 1; float",
+}
+
+CoefficientFunction: TypeAlias = Callable[..., th.Tensor | tuple[th.Tensor, th.Tensor]]
+
+
+class Coefficient:
+    """
+    A function with its parameters, which says how much of each sample's gradient is taken back.
+
+    Called with detached per-sample tensors, it returns the *removal* g in β = -w Â g (``1 - g`` multiplies the gradient) and,
+    in the KL-penalty family, a weight. Two optional methods of a function object take part in training, each given the
+    parameters as keywords: ``stop(ratio)`` returns True to end the inner loop, ``end_update(kl)`` is told the mean KL over the
+    rollout under the final policy. ``state_dict()`` and ``load_state_dict()`` carry what such an object learns.
+
+    :param function: ``function(ratio, advantages, clip_range, ...)``, see :mod:`sb3_klip.coefficients`; an object is copied,
+        so that what it learns belongs to this coefficient alone
+    :param name: how it is shown and saved
+    :param parameters: values for its keyword-only arguments: a number, ``"lin_x"`` or a function of the remaining progress
+    :raises TypeError: if the function's signature does not fit, a parameter is unknown or of a wrong type, or an object keeps
+        an argument of its constructor to itself, so that it could not be saved
+    :raises ValueError: if a parameter is out of range, or what the function returns on a small batch does not fit
+    """
+
+    def __init__(self, function: CoefficientFunction, name: str, parameters: Mapping[str, Any] | None = None):
+        self.function = _own(function)
+        self.name = name
+        #: The quantities that it asks for, see :data:`QUANTITIES`.
+        self.requests, self._declared = _read_signature(function, name)
+        given = dict(parameters or {})
+        check_names(given, self._declared, name)
+        #: Its parameters, as they were given: numbers or schedules.
+        self.settings = {key: given.get(key, declared.default) for key, declared in self._declared.items()}
+        for key, declared in self._declared.items():
+            declared.check(self.settings[key], name)
+        #: All that it takes to make it again under its name: arguments of an object's constructor, and its parameters.
+        self.parameters = {**_constructor_arguments(function, name), **self.settings}
+        #: The KL estimate that its weight is for; None if it has no weight.
+        self.estimator: str | None = self.settings.get("estimator", getattr(function, "estimator", None))
+        #: Whether it is undefined for a clip range of 0 or less.
+        self.needs_clip_range: bool = getattr(function, "needs_clip_range", False)
+        #: Whether :meth:`end_update` does anything.
+        self.learns = hasattr(function, "end_update")
+        self.set_progress(1.0)
+        self._try_out()
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the rollout policy's distribution is needed in every minibatch."""
+        return "kl" in self.requests or self.estimator == "analytic"
+
+    def set_progress(self, progress_remaining: float) -> None:
+        """
+        Bring scheduled parameters up to date.
+
+        :param progress_remaining: from 1 (start) to 0 (end of training)
+        """
+        self.progress = 1.0 - progress_remaining
+        self.values = {
+            key: declared.value(self.settings[key], progress_remaining, self.name) for key, declared in self._declared.items()
+        }
+
+    def __call__(
+        self,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        clip_range: float | th.Tensor,
+        **quantities: th.Tensor | float | None,
+    ) -> tuple[th.Tensor, th.Tensor | None]:
+        """
+        Removal and weight of each sample.
+
+        :param ratio: importance ratio w, detached
+        :param advantages: advantage Â, same shape
+        :param clip_range: half-width ε
+        :param quantities: what the coefficient asks for by name; more may be given
+        :return: removal, and weight or None; both like the ratio
+        :raises ValueError: if a quantity is missing, or what the function returns does not fit
+        :raises TypeError: if it returns something else than tensors
+        """
+        asked = {}
+        for key in self.requests:
+            value = self.progress if key == "progress" else quantities.get(key)
+            if value is None:
+                raise ValueError(f"coefficient {self.name!r} needs {key!r}: {QUANTITIES[key]}")
+            asked[key] = value.detach() if isinstance(value, th.Tensor) else value
+        result = self.function(ratio, advantages, clip_range, **asked, **self.values)
+        removal, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        self._check("removal", removal, ratio)
+        if weight is not None:
+            self._check("weight", weight, ratio)
+        if weight is None and self.estimator is not None:
+            raise ValueError(
+                f"coefficient {self.name!r} names the estimator {self.estimator!r}, but returned no weight for it"
+            )
+        if weight is not None and self.estimator is None:
+            raise ValueError(f"coefficient {self.name!r} returned a weight, but names no `estimator` to put it on")
+        return removal, weight
+
+    def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
+        """
+        Whether to end the inner loop before the next step.
+
+        :param ratio: importance ratio w
+        :param mask: samples that count; None if all do
+        """
+        hook = getattr(self.function, "stop", None)
+        return hook is not None and bool(hook(ratio if mask is None else ratio[mask], **self.values))
+
+    def end_update(self, kl: float) -> None:
+        """
+        Learn from the update that has ended.
+
+        :param kl: mean of KL(π_old ‖ π_new) over the rollout under the policy that the update ended with, in nats
+        """
+        if self.learns:
+            self.function.end_update(kl, **self.values)  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the coefficient learned, as plain JSON values; empty for a pure function."""
+        hook = getattr(self.function, "state_dict", None)
+        return {} if hook is None else hook()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if state:
+            self.function.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+
+    def _check(self, what: str, tensor: object, ratio: th.Tensor) -> None:
+        """Only what costs no synchronisation with the device; NaN is looked for when an epoch ends."""
+        if isinstance(tensor, th.Tensor):
+            like = tensor.shape == ratio.shape and tensor.dtype == ratio.dtype and tensor.device == ratio.device
+            if like and not tensor.requires_grad:
+                return
+        expected = f"a tensor of shape {tuple(ratio.shape)}, dtype {ratio.dtype} and device {ratio.device}, without gradient"
+        if not isinstance(tensor, th.Tensor):
+            raise TypeError(f"the {what} of coefficient {self.name!r} is {type(tensor).__name__}, expected {expected}")
+        raise ValueError(
+            f"the {what} of coefficient {self.name!r} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, "
+            f"device {tensor.device}, requires_grad={tensor.requires_grad}, expected {expected}"
+        )
+
+    def _try_out(self) -> None:
+        """Call the function once on every kind of sample, so that it does not fail hours later; what it learns is not kept."""
+        ratio = th.tensor([1.0, 1.1, 2.0, 0.3, 2.0, 0.3, 1.0, 2.0])
+        advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
+        trial = copy.copy(self)
+        trial.function = _own(self.function)
+        result = trial(ratio, advantages, 0.2, kl=th.full_like(ratio, 0.05), position=th.zeros_like(ratio))
+        for what, tensor in zip(("removal", "weight"), result, strict=True):
+            if tensor is not None and not tensor.isfinite().all():
+                raise ValueError(
+                    f"the {what} of {self!r} must be finite, but is {tensor.tolist()} "
+                    f"for ratio {ratio.tolist()}, advantages {advantages.tolist()}, clip_range 0.2"
+                )
+
+
+CoefficientLike: TypeAlias = Coefficient | CoefficientFunction
+
+
+def _own(function: CoefficientFunction) -> CoefficientFunction:
+    """A copy of an object, with a state of its own; a function, which has none, as it is."""
+    if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
+        return function
+    try:
+        return copy.deepcopy(function)
+    except Exception:  # whatever an object may raise that cannot be copied
+        return function
+
+
+def constructor_signature(kind: Any) -> list[inspect.Parameter]:
+    """The arguments that a class is made with; none if it has no constructor of its own."""
+    return list(inspect.signature(kind).parameters.values()) if kind.__init__ is not object.__init__ else []
+
+
+def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str, Any]:
+    """
+    What an object was made with, from its attributes of the same names: the convention of scikit-learn's estimators.
+
+    :raises TypeError: if an argument of its constructor is none of its attributes
+    """
+    if not hasattr(function, "__dict__") or isinstance(function, (types.FunctionType, types.MethodType)):
+        return {}
+    named = [a.name for a in constructor_signature(type(function)) if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    if hidden := [argument for argument in named if not hasattr(function, argument)]:
+        raise TypeError(
+            f"coefficient {name!r} could not be saved and loaded again: {type(function).__name__} must keep the argument "
+            f"{hidden[0]!r} of its constructor as an attribute of that name (self.{hidden[0]} = {hidden[0]})"
+        )
+    return {argument: copy.copy(getattr(function, argument)) for argument in named}
+
+
+def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], dict[str, Parameter]]:
+    """Split a function's arguments after the first three into what it asks for and its parameters."""
+    if not callable(function):
+        raise TypeError(f"a coefficient must be a name or a callable, not {function!r}")
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # annotations that only a type checker can resolve
+        signature = inspect.signature(function)
+    arguments = list(signature.parameters.values())
+    leading = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)][:3]
+    if len(leading) < 3:
+        raise TypeError(f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {signature}")
+    requests: list[str] = []
+    parameters: dict[str, Parameter] = {}
+    for argument in arguments[3:]:
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            raise TypeError(f"coefficient {name!r} must name its arguments, not take *args or **kwargs")
+        if argument.default is not argument.empty:
+            parameters[argument.name] = Parameter.of(argument)
+        elif argument.name in QUANTITIES:
+            requests.append(argument.name)
+        else:
+            hint = did_you_mean(argument.name, QUANTITIES)
+            raise TypeError(
+                f"coefficient {name!r} asks for {argument.name!r}, which has no default and is not one of "
+                f"{', '.join(map(repr, QUANTITIES))}.{hint}"
+            )
+    return tuple(requests), parameters

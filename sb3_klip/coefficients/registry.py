@@ -1,0 +1,194 @@
+"""The table of coefficients that are known by name."""
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sb3_klip.coefficients.coefficient import Coefficient, CoefficientLike, constructor_signature
+from sb3_klip.coefficients.parameters import Parameter, check_names
+from sb3_klip.errors import did_you_mean
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+class UnknownCoefficientError(ValueError):
+    """The name of a coefficient is not registered and cannot be imported."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """
+    What is known of a registered coefficient, as it stands at its definition.
+
+    :param name: its name
+    :param function: the function, a class whose objects are such functions, or with ``factory`` what makes the coefficient
+    :param aliases: further names, each with the parameters that it presets
+    :param formula: the removal g, or the weight b on the KL divergence, in the names of its parameters
+    :param source: where it was published
+    :param search: ranges in which the tuner looks for parameters, on a logarithmic scale; None if the tuner leaves it out
+    :param factory: whether the function takes the parameters and returns a :class:`Coefficient`
+    """
+
+    name: str
+    function: Callable[..., Any]
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    formula: str = ""
+    source: str = ""
+    search: Mapping[str, tuple[float, float]] | None = None
+    factory: bool = False
+
+
+#: Each word that names a coefficient, aliases included, with the entry that it belongs to.
+_WORDS: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *aliases: str,
+    formula: str = "",
+    source: str = "",
+    search: Mapping[str, tuple[float, float]] | None = None,
+    factory: bool = False,
+    **presets: dict[str, Any],
+) -> Callable[[AnyFunction], AnyFunction]:
+    """
+    Make a coefficient known by name, as a decorator of a function or a class. Formula and source are added to its docstring.
+
+    :param name: its name in ``beta=``, in YAML files and on the command line
+    :param aliases: further names
+    :param formula: the removal g, or the weight b on the KL divergence, in the names of its parameters
+    :param source: where it was published
+    :param search: range of each parameter that RL Zoo's tuner samples, on a logarithmic scale; with None, the tuner does not
+        try this coefficient by itself
+    :param factory: whether it takes its parameters, all keyword-only, and returns a :class:`Coefficient`
+    :param presets: further names that come with parameters of their own
+    :return: decorator that returns the function unchanged
+    :raises ValueError: if a name is taken by another coefficient
+    """
+
+    def decorate(function: AnyFunction) -> AnyFunction:
+        preset_aliases = {**{alias: {} for alias in aliases}, **presets}
+        entry = Entry(name, function, preset_aliases, formula, source, search, factory)
+        for word in (name, *preset_aliases):
+            # The same function again is a module that was run twice (a notebook cell, a reload).
+            if word in _WORDS and _qualified_name(_WORDS[word].function) != _qualified_name(function):
+                raise ValueError(f"the coefficient name {word!r} is already taken")
+        _WORDS.update(dict.fromkeys((name, *preset_aliases), entry))
+        if formula or source:
+            first, *rest = (inspect.getdoc(function) or "").split("\n\n")
+            facts = [f"{'Weight' if formula.startswith('b') else 'Removal'}: {formula}.", f"Source: {source}."]
+            function.__doc__ = "\n\n".join([first, " ".join(facts), *rest])
+        return function
+
+    return decorate
+
+
+def entries() -> list[Entry]:
+    """All registered coefficients, in the order of their registration."""
+    return list(dict.fromkeys(_WORDS.values()))
+
+
+def available() -> list[str]:
+    """Names of all registered coefficients, without aliases, sorted."""
+    return sorted({entry.name for entry in _WORDS.values()})
+
+
+def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
+    """
+    Build a coefficient.
+
+    :param name: a registered name or alias, ``"module:function"``, ``"module:Class"``, your own function or object, or a
+        coefficient already made; of that, other parameters make a new one, which has learned what it had
+    :param parameters: its parameters, see :class:`Coefficient`; for a class, arguments of its constructor, too
+    :return: the coefficient
+    :raises ValueError: if the name is unknown or a parameter out of range
+    :raises TypeError: if ``name`` is of another type, or a parameter unknown or of a wrong type
+    """
+    if isinstance(name, Coefficient):
+        return _with_parameters(name, parameters) if parameters else name
+    if isinstance(name, str):
+        entry = _WORDS.get(name)
+        if entry is None:
+            return _made(_imported(name), name, parameters)
+        parameters = {**entry.aliases.get(name, {}), **parameters}
+        if not entry.factory:
+            return _made(entry.function, entry.name, parameters)
+        declared = inspect.signature(entry.function, eval_str=True).parameters.values()
+        check_names(parameters, {each.name: Parameter.of(each) for each in declared}, entry.name)
+        return entry.function(**parameters)
+    if inspect.isclass(name):
+        where = _qualified_name(name)
+        raise TypeError(f"beta={name.__name__} is a class: give an instance, {name.__name__}(…), or its name, beta={where!r}")
+    if not callable(name):
+        raise TypeError(f"beta must be the name of a coefficient, a Coefficient or a callable, not {name!r}")
+    return _made(name, _name_of(name), parameters)
+
+
+def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None = None) -> Coefficient:
+    """
+    The coefficient that the constructor arguments ``beta`` and ``beta_kwargs`` ask for, with a state of its own.
+
+    :raises ValueError: if the name is unknown or a parameter out of range
+    :raises TypeError: if an argument is of a wrong type or a parameter unknown
+    """
+    if beta_kwargs is not None and not isinstance(beta_kwargs, dict):
+        raise TypeError(f"beta_kwargs must be a dict of parameters of the coefficient or None, not {beta_kwargs!r}")
+    coefficient = make(beta, **(beta_kwargs or {}))
+    # One that was made by the user may be in use in another model.
+    return copy.deepcopy(coefficient) if coefficient is beta else coefficient
+
+
+def _with_parameters(coefficient: Coefficient, parameters: Mapping[str, Any]) -> Coefficient:
+    """A coefficient like another, which has learned the same, with other parameters."""
+    if parameters.keys() <= coefficient.settings.keys():
+        return Coefficient(coefficient.function, coefficient.name, {**coefficient.settings, **parameters})
+    made = make(coefficient.name, **{**coefficient.parameters, **parameters})
+    made.load_state_dict(coefficient.state_dict())
+    return made
+
+
+def _made(function: Any, name: str, parameters: Mapping[str, Any]) -> Coefficient:
+    """A coefficient of a function or an object, or of a class, some of whose parameters are its constructor's."""
+    given = dict(parameters)
+    if inspect.isclass(function):
+        arguments = constructor_signature(function)
+        own = {argument.name: given.pop(argument.name) for argument in arguments if argument.name in given}
+        if missing := [a.name for a in arguments if a.default is a.empty and a.kind < a.VAR_POSITIONAL and a.name not in own]:
+            raise TypeError(
+                f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, which {function.__name__} is made with"
+            )
+        function = function(**own)
+    return Coefficient(function, name, given)
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    """Resolve ``"module:function"``, which is how a function that was never registered is saved."""
+    module, separator, attribute = name.partition(":")
+    reason = did_you_mean(name, _WORDS)
+    if separator and attribute.isidentifier():
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except (ImportError, ValueError) as error:  # ValueError: no module before the colon
+            reason = f" {module} cannot be imported: {error}."
+        else:
+            if callable(found):
+                return found
+            reason = f" {module} has no function {attribute}."
+    raise UnknownCoefficientError(
+        f"beta={name!r} is not a coefficient.{reason} "
+        f"Available: {', '.join(available())}; or your own: a function, registered by @register, or 'module:function'."
+    )
+
+
+def _qualified_name(function: Callable[..., Any]) -> str:
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """The registered name of a function or of an object's class, or else where it can be imported from."""
+    known = (entry.name for entry in entries() if entry.function is function or entry.function is type(function))
+    return next(known, _qualified_name(function))

@@ -1,0 +1,217 @@
+"""The figures of a report: learning curves, what was clipped, β, sweeps and performance profiles."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rliable import library as rly
+
+from sb3_klip.experiments.results import Result
+from sb3_klip.figures import line_styles, save, style
+
+#: Panels side by side.
+COLUMNS = 4
+#: More learning curves than these cannot be told apart in one panel.
+LINES = 4
+
+
+def save_all(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    reference: str,
+    scores: Mapping[str, np.ndarray],
+    folder: Path,
+) -> dict[str, str]:
+    """
+    Draw all figures that the results allow.
+
+    :param results: the finished cells
+    :param tasks: in the order of the panels
+    :param methods: in the order of the lines
+    :param reference: the one among them that others are compared with
+    :param scores: normalised, seeds × tasks, by method
+    :param folder: where the files go
+    :return: name of the SVG file by title
+    """
+    sweeps = sorted({method.split("=")[0] for method in methods if "=" in method})
+    figures: dict[str, Figure] = {}
+    with style() as size:
+        if not sweeps:
+            # PPO's lines would be those of step, and have a figure of their own.
+            lines = [method for method in methods if method != "ppo" or "step" not in methods]
+            if len(lines) <= LINES:
+                figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
+            else:
+                figures["Learning curves"] = _by_method(results, tasks, lines, reference, size)
+        if paired := [task for task in tasks if _pairs([result for result in results if result.about["task"] == task])]:
+            figures["PPO and KLipPPO"] = _by_task(results, paired, _ppo_and_step, size, "return")
+        if "step" in methods:
+            figures["Partition"] = _by_task(results, tasks, _partition, size, "share of samples")
+            figures["Beta"] = _by_task(results, tasks, _beta, size, "β")
+        for knob in sweeps:
+            figures[f"Sweep of {knob}"] = _by_task(results, tasks, partial(_sweep, knob=knob), size, "return", knob)
+        if len(scores) > 1:
+            figures["Performance profiles"] = _profiles(scores, size)
+        return {title: save(figure, folder / title.lower().replace(" ", "_"))[0].name for title, figure in figures.items()}
+
+
+def _by_task(
+    results: Sequence[Result],
+    tasks: Sequence[str],
+    draw: Callable[[Axes, Sequence[Result]], None],
+    size: tuple[float, float],
+    label: str,
+    x_label: str = "million steps",
+) -> Figure:
+    """One panel per task, and one legend for all."""
+    columns = min(COLUMNS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    width, height = size
+    figure = Figure(figsize=(width, height * 0.65 * rows + 0.3))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        axes.margins(x=0)
+        draw(axes, [result for result in results if result.about["task"] == task])
+        axes.set_title(task)
+        axes.set_xlabel(x_label)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel(label)
+    _legend(figure, "outside lower center")
+    return figure
+
+
+def _legend(figure: Figure, place: Any) -> None:
+    """One legend for what is drawn in any of the panels."""
+    entries = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=6)
+
+
+def _of(results: Sequence[Result], method: str) -> list[Result]:
+    return [result for result in results if result.about["method"] == method]
+
+
+def _column(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Million steps, and the column of each run; gaps, as where no episode ended, are bridged."""
+    table = pd.concat(
+        [result.curve.set_index("timesteps")[name].interpolate(limit_area="inside") for result in results], axis=1
+    )
+    return table.index.to_numpy() / 1e6, table.to_numpy()
+
+
+def _by_method(
+    results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str, size: tuple[float, float]
+) -> Figure:
+    """One row of panels per task, with one for each method against the reference."""
+    others = [method for method in methods if method != reference]
+    width, height = size
+    figure = Figure(figsize=(max(width, width * len(others) / 8), height * 0.45 * len(tasks) + 0.5))
+    grid = figure.subplots(len(tasks), len(others), squeeze=False, sharex=True, sharey="row")
+    for row, task in zip(grid, tasks, strict=True):
+        of_task = [result for result in results if result.about["task"] == task]
+        for axes, method in zip(row, others, strict=True):
+            _curve(axes, _of(of_task, reference), reference, color="0.65", linewidth=2)
+            _curve(axes, _of(of_task, method), "method of the column", color="black", linewidth=0.8)
+            axes.margins(x=0)
+        row[0].set_ylabel(task)
+    for axes, method in zip(grid[0], others, strict=True):
+        axes.set_title(method, fontsize="medium")
+    figure.supxlabel("million steps", fontsize="medium")
+    _legend(figure, "outside upper center")
+    return figure
+
+
+def _curve(axes: Axes, runs: Sequence[Result], label: str, color: Any, **line: Any) -> None:
+    """Mean return over seeds, and a band from the lowest to the highest."""
+    if runs:
+        steps, values = _column(runs, "return")
+        if values.shape[1] > 1:
+            axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
+        axes.plot(steps, values.mean(axis=1), label=label, color=color, **line)
+
+
+def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> None:
+    """One line for each method."""
+    for method, line in zip(methods, line_styles(len(methods)), strict=True):
+        _curve(axes, _of(results, method), method, **line)
+
+
+def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:
+    """PPO as a broad light line, and on it the narrow dark one of ``step``, with the same seeds."""
+    for pair in _pairs(results):
+        steps, values = _column(pair, "return")
+        axes.plot(steps, values[:, 0], color="0.75", linewidth=4, label="PPO")
+        axes.plot(steps, values[:, 1], color="black", linewidth=1, label="KLipPPO")
+
+
+def _pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """PPO's runs and those of ``step`` with the same seed, on one task."""
+    ppo, step = ({result.about["seed"]: result for result in _of(results, method)} for method in ("ppo", "step"))
+    return [(ppo[seed], step[seed]) for seed in ppo if seed in step]
+
+
+def _partition(axes: Axes, results: Sequence[Result]) -> None:
+    """Kill and pass fractions of ``step``, mean over seeds."""
+    runs = _of(results, "step")
+    for name, line in zip(("kill", "pass"), line_styles(2), strict=True):
+        if runs:
+            steps, values = _column(runs, f"{name}_fraction")
+            axes.plot(steps, values.mean(axis=1), label=f"{name} set", **line)
+
+
+def _beta(axes: Axes, results: Sequence[Result]) -> None:
+    """Percentiles of β of ``step``, mean over seeds."""
+    runs = _of(results, "step")
+    if not runs:
+        return
+    colour = line_styles(1)[0]["color"]
+    for low, high, alpha in ((1, 99, 0.15), (5, 95, 0.3), (25, 75, 0.6)):
+        steps, lower = _column(runs, f"beta_p{low:02}")
+        _, upper = _column(runs, f"beta_p{high:02}")
+        label = f"{low} to {high} %"
+        axes.fill_between(steps, lower.mean(axis=1), upper.mean(axis=1), color=colour, alpha=alpha, linewidth=0, label=label)
+    steps, median = _column(runs, "beta_p50")
+    axes.plot(steps, median.mean(axis=1), color="black", linewidth=1, label="median")
+
+
+def _sweep(axes: Axes, results: Sequence[Result], knob: str) -> None:
+    """Final return against the value of a knob: mean over seeds, and a bar from the lowest to the highest."""
+    finals: dict[float, list[float]] = {}
+    for result in results:
+        name, _, value = result.about["method"].partition("=")
+        if name == knob and result.about["final_return"] is not None:
+            finals.setdefault(float(value), []).append(result.about["final_return"])
+    values = sorted(finals)
+    means = np.array([np.mean(finals[value]) for value in values])
+    bars = [means - [min(finals[value]) for value in values], [max(finals[value]) for value in values] - means]
+    axes.errorbar(
+        values, means, yerr=np.array(bars), marker="o", capsize=3, label="mean, lowest and highest", **line_styles(1)[0]
+    )
+    axes.set_xscale("log")
+    axes.margins(x=0.05)
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
+
+
+def _profiles(scores: Mapping[str, np.ndarray], size: tuple[float, float]) -> Figure:
+    """For each score, the share of runs that reach it."""
+    levels = np.linspace(0, max(1.5, max(matrix.max() for matrix in scores.values())), 101)
+    profiles, bounds = rly.create_performance_profile(dict(scores), levels)
+    width, height = size
+    figure = Figure(figsize=(width * 0.6, height))
+    axes = figure.subplots()
+    for (method, profile), line in zip(profiles.items(), line_styles(len(profiles)), strict=True):
+        axes.plot(levels, profile, label=method, **line)
+        axes.fill_between(levels, *bounds[method], color=line["color"], alpha=0.1, linewidth=0)
+    axes.set_xlabel("score τ")
+    axes.set_ylabel("share of runs with score > τ")
+    axes.legend()
+    axes.margins(x=0)
+    return figure

@@ -1,0 +1,109 @@
+"""A suite's folder: whose results it holds, and whether there is room for more."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sb3_klip.experiments.results import Result, read_result
+from sb3_klip.experiments.suite import CONF, Suite
+from sb3_klip.files import write_atomically
+from sb3_klip.reproducibility import PACKAGES, versions
+
+#: What a cell leaves on the disk is less than this, in bytes (measured: 1 to 5 MB).
+CELL_SIZE = 20_000_000
+#: File that says which suite, under which versions, the folder is for.
+MANIFEST = "suite.json"
+
+
+def open_folder(folder: Path, suite: Suite, cells: int) -> None:
+    """
+    Make a folder ready for a suite's cells, or go on with it.
+
+    :param folder: the folder; made if it is not there
+    :param suite: whose results it holds, or is to hold
+    :param cells: number of cells still to run
+    :raises ValueError: if it belongs to another suite or other versions, cannot be written to, or the disk is too full
+    """
+    ours = {"suite": suite.name, "versions": _deciding(versions()), "definition": suite.definition}
+    # In a Python module, hyperparameters may be classes and functions.
+    text = json.dumps(ours, indent=1, default=lambda value: getattr(value, "__qualname__", repr(value)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST).exists():
+            theirs = _manifest(folder)
+            # As JSON would give it back: no tuples.
+            if different := _differences(theirs, json.loads(text)):
+                listed = "\n".join(f"  - {line}" for line in different)
+                raise ValueError(f"{folder} has results of another suite or version; choose another --folder:\n{listed}")
+        # A file of some size: an empty one fits on a full disk.
+        probe = folder / ".probe"
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+        if (free := shutil.disk_usage(folder).free) < cells * CELL_SIZE:
+            needed = cells * CELL_SIZE / 1e9
+            raise ValueError(f"{folder} has {free / 1e9:.1f} GB left, and {cells} cells may need {needed:.1f} GB")
+        if suite.conf is not None:
+            write_atomically(folder / CONF, suite.conf.encode())
+        write_atomically(folder / MANIFEST, f"{text}\n".encode())
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be written to: {error}") from error
+
+
+def check_worker(folder: str) -> str | None:
+    """
+    What hinders a worker from running the folder's cells; None if nothing does.
+
+    :param folder: as the worker is told
+    """
+    try:
+        theirs = _manifest(Path(folder))["versions"]
+    except OSError as error:
+        return f"it does not see {folder}, which must be on a disk that all workers share ({error.strerror})"
+    if different := _differences(theirs, _deciding(versions())):
+        return f"its versions are not those of {folder}: {'; '.join(different)}"
+    return None
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], list[Result]]:
+    """
+    All finished cells.
+
+    :return: the manifest, and the results in the order of their paths
+    :raises ValueError: if there are none, or something cannot be read
+    """
+    if not (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} has no {MANIFEST}, so it is not the folder of a suite")
+    results = [read_result(path) for path in sorted(folder.glob("results/*/*/seed-*.csv"))]
+    if not results:
+        raise ValueError(f"{folder} has no finished cells yet")
+    return _manifest(folder), results
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if missing := {"suite", "versions", "definition"} - {*manifest}:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+    return manifest
+
+
+def _deciding(all_versions: dict[str, str]) -> dict[str, str]:
+    """Another Python gives the same numbers."""
+    return {name: all_versions[name] for name in PACKAGES}
+
+
+def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """The places where two JSON values differ."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return [] if theirs == ours else [f"{path}: {theirs!r} there, {ours!r} here"]
+    found = []
+    for key in dict.fromkeys([*theirs, *ours]):
+        place = f"{path}.{key}" if path else key
+        if key not in ours or key not in theirs:
+            found.append(f"{place}: only {'there' if key in theirs else 'here'}")
+        else:
+            found += _differences(theirs[key], ours[key], place)
+    return found

@@ -1,0 +1,244 @@
+"""Suites: which tasks, methods and seeds, and whether all of them can be run."""
+
+import importlib
+import importlib.resources
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
+
+from sb3_klip.coefficients.registry import make_beta
+from sb3_klip.errors import did_you_mean
+from sb3_klip.experiments.cell import Cell
+from sb3_klip.zoo import ALGORITHMS, hyperparameters, register
+
+#: Keys of a suite file; all but ``timesteps`` must be there.
+KEYS = ("hyperparams", "tasks", "seeds", "methods", "timesteps")
+#: The algorithm of a method that names none.
+ALGO = "klip_ppo"
+#: Seeds are below this: NumPy's generators take no others, and RL Zoo takes a negative one for "any".
+SEEDS = 2**32
+SEEDS_TEXT = "a list of whole numbers from 0 to 2**32 - 1, each once"
+#: What the name of a folder cannot have, here or on Windows.
+NOT_IN_FOLDERS = '/\\:*?"<>|'
+#: What an experiment is given.
+TAKEN = {"callback", "n_timesteps"}
+
+#: A suite's own YAML file of hyperparameters, in its folder: trainings run there.
+CONF = "hyperparams.yml"
+
+
+class Suite(NamedTuple):
+    """
+    What is to be run.
+
+    :param name: the file's name, without its suffix
+    :param cells: every task, method and seed; seeds change slowest, so that whole tables come early
+    :param definition: what a cell's numbers depend on, by the cell's task and method
+    :param conf: content of the suite's own file of hyperparameters, if it has one
+    """
+
+    name: str
+    cells: list[Cell]
+    definition: dict[str, Any]
+    conf: str | None
+
+
+def included() -> list[str]:
+    """Names of the suites that come with this package."""
+    return sorted(path.name[:-4] for path in importlib.resources.files(__package__).joinpath("suites").iterdir())
+
+
+def read_suite(name: str) -> Suite:
+    """
+    Read a suite and check all of it.
+
+    :param name: one of :func:`included`, or a YAML file
+    :raises ValueError: with a line for each mistake
+    """
+    if name in included():
+        text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text(encoding="utf-8")
+    elif Path(name).suffix in (".yml", ".yaml"):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--suite: {name} cannot be read: {error}") from error
+    else:
+        known = ", ".join(included())
+        raise ValueError(f"--suite={name!r} is none of {known}, and no YAML file.{did_you_mean(name, included())}")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the suite {name} is not YAML: {error}") from error
+    register()
+    mistakes = _shape(content)
+    if not mistakes:
+        protocol, conf = _protocol(content["hyperparams"], Path(name).parent, mistakes)
+        for task in content["tasks"]:
+            mistakes += _check_task(task, protocol, content["hyperparams"])
+        for method, settings in content["methods"].items():
+            mistakes += _check_method(method, settings)
+        if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
+            mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
+    if mistakes:
+        raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+    return _made(Path(name).stem, content, protocol, conf)
+
+
+def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Sequence[int]) -> list[Cell]:
+    """
+    Some cells of a suite.
+
+    :param tasks: those to keep; all, if there are none
+    :param methods: likewise
+    :param seeds: likewise; they need not be among those of the suite
+    :raises ValueError: if a task or a method is not in the suite, or a seed is none
+    """
+    if not all(0 <= seed < SEEDS for seed in seeds):
+        raise ValueError(f"--seeds: {SEEDS_TEXT}")
+    for option, names, known in (
+        ("--tasks", tasks, dict.fromkeys(cell.task for cell in suite.cells)),
+        ("--methods", methods, dict.fromkeys(cell.method for cell in suite.cells)),
+    ):
+        for name in names:
+            if name not in known:
+                known_names = ", ".join(known)
+                raise ValueError(
+                    f"{option}: {name!r} is not in the suite, which has {known_names}.{did_you_mean(name, known)}"
+                )
+    cells = [cell for cell in suite.cells if (not tasks or cell.task in tasks) and (not methods or cell.method in methods)]
+    if not seeds:
+        return cells
+    first = min(cell.seed for cell in cells)
+    return [replace(cell, seed=seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
+
+
+def _shape(content: Any) -> list[str]:
+    """What is wrong with the file as a whole."""
+    if not isinstance(content, dict):
+        return [f"it must be a mapping of {', '.join(KEYS)}, not {content!r}"]
+    mistakes = [f"unknown key {key!r}.{did_you_mean(key, KEYS)}" for key in content if key not in KEYS]
+    mistakes += [f"{key!r} is missing" for key in KEYS[:4] if key not in content]
+    for key, is_right, what in (
+        ("hyperparams", lambda value: isinstance(value, str) and value, "a module, or a YAML file beside this one"),
+        ("tasks", lambda value: _are_distinct(value, str), "a list of environments, each once"),
+        ("seeds", lambda value: _are_distinct(value, int) and all(0 <= seed < SEEDS for seed in value), SEEDS_TEXT),
+        ("methods", lambda value: isinstance(value, dict) and value, "a mapping of methods"),
+        ("timesteps", lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    ):
+        if key in content and not is_right(content[key]):
+            mistakes.append(f"{key} must be {what}, not {content[key]!r}")
+    return mistakes
+
+
+def _are_distinct(value: Any, kind: type) -> bool:
+    """Whether the value is a list of different elements of this type; True and False are no numbers here."""
+    return isinstance(value, list) and {*map(type, value)} == {kind} and len({*value}) == len(value)
+
+
+def _protocol(conf: str, beside: Path, mistakes: list[str]) -> tuple[Mapping[str, Any], str | None]:
+    """Hyperparameters by task, and the content of their file, if it is one of YAML."""
+    text = None
+    try:
+        if conf.endswith((".yml", ".yaml")):
+            text = (beside / conf).read_text(encoding="utf-8")
+            protocol = yaml.safe_load(text)
+        else:
+            protocol = importlib.import_module(conf).hyperparams
+    except Exception as error:  # a module may raise anything
+        mistakes.append(f"hyperparams={conf!r} cannot be read: {error}")
+        return {}, None
+    if not isinstance(protocol, dict) or not protocol:
+        mistakes.append(f"hyperparams={conf!r} must be a mapping of environments, not {protocol!r}")
+        return {}, None
+    return protocol, text
+
+
+def _default(task: str) -> str:
+    """Where RL Zoo looks for the hyperparameters of a task that has none of its own."""
+    return "atari" if ExperimentManager.is_atari(task) else "default"
+
+
+def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
+    if task not in gym.envs.registry:
+        return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions that are out of date
+        try:
+            gym.make(task).close()
+        except gym.error.DependencyNotInstalled as error:
+            return [f"{task} cannot be made: {error}"]
+        except Exception:  # it may need arguments, which methods may give
+            pass
+    if not protocol:  # a mistake that is told already
+        return []
+    entry = protocol.get(task, protocol.get(_default(task)))
+    if not isinstance(entry, dict):
+        return [f"{conf} has no entry for {task!r}, and none for {_default(task)!r}"]
+    if "callback" in entry:
+        return [f"{conf} has a callback for {task!r}, and an experiment is given its own"]
+    try:
+        if int(entry["n_timesteps"]) > 0:
+            return []
+    except (KeyError, TypeError, ValueError):
+        pass
+    # RL Zoo asks for it even if it is told another length.
+    return [f"{conf} has no n_timesteps above 0 for {task!r}"]
+
+
+def _check_method(method: Any, settings: Any) -> list[str]:
+    if not isinstance(method, str):
+        return [f"method {method!r} must be a text; put it in quotes"]
+    if not isinstance(settings, dict):
+        return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
+    if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
+        return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
+    if "=" in method and not _is_positive(method.partition("=")[2]):
+        return [f"method {method!r}: after '=' stands the value of a knob, so it must be a number above 0"]
+    algo = settings.get("algo", ALGO)
+    if not isinstance(algo, str) or algo not in ALGOS:
+        return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
+    known = hyperparameters(ALGOS[algo]) - TAKEN
+    unknown = [key for key in settings if key not in known and key != "algo"]
+    mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        mistakes.append(f"method {method!r}: {error}")
+    if algo in ALGORITHMS:
+        try:
+            make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
+        except (ValueError, TypeError) as error:
+            mistakes.append(f"method {method!r}: {error}")
+    return mistakes
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any], conf: str | None) -> Suite:
+    """The suite, once it is known to be right."""
+    cells, definition = [], {}
+    for seed in content["seeds"]:
+        for task in content["tasks"]:
+            hyperparams = protocol.get(task, protocol.get(_default(task)))
+            timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
+            for method, settings in content["methods"].items():
+                own = {key: value for key, value in settings.items() if key != "algo"}
+                algo = settings.get("algo", ALGO)
+                override = "timesteps" in content
+                conf_file = content["hyperparams"] if conf is None else CONF
+                cells.append(Cell(task, method, seed, algo, conf_file, timesteps, override, own))
+                definition[f"{task}/{method}"] = {**hyperparams, **own, "algo": algo, "n_timesteps": timesteps}
+    return Suite(name, cells, definition, conf)

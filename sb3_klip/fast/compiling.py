@@ -1,0 +1,109 @@
+"""The update compiled by ``torch.compile``: twice as fast as PPO's, equal up to rounding, and no longer bit for bit."""
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from torch.distributions import Distribution
+
+from sb3_klip.errors import did_you_mean
+
+# By model, so that a copy of a model, or one that is pickled, does not carry the other's.
+_COMPILED: "weakref.WeakKeyDictionary[Any, Callable[..., Any]]" = weakref.WeakKeyDictionary()
+
+
+def compiled_loss(model: Any) -> Callable[..., Any]:
+    """
+    The loss of a minibatch, compiled once for each model.
+
+    :param model: an algorithm of this package, whose ``compile`` has the arguments of ``torch.compile``, or True for none
+    :return: a function of what ``model._loss`` takes, which returns the same
+    """
+
+    def compute(*args: Any) -> Any:
+        # torch also switches the validation off for good when it first compiles anything.
+        with unvalidated_distributions():
+            if model not in _COMPILED:
+                options = {} if model.compile is True else dict(model.compile)
+                _COMPILED[model] = th.compile(_loss, **options)
+            return _COMPILED[model](model, *args)
+
+    return compute
+
+
+def _loss(model: Any, *args: Any) -> Any:
+    result = model._loss(*args)
+    # Or it would have to leave the compiled code together with its gradient, which costs time.
+    model.policy.action_dist.distribution = None
+    return result
+
+
+def check_compile(options: bool | dict[str, Any]) -> None:
+    """
+    Refuse what cannot be compiled with, before anything is built.
+
+    :param options: arguments of ``torch.compile``, or True for none; or False
+    :raises TypeError: if it is of another type, or names what is not an argument of ``torch.compile``
+    :raises ValueError: if the backend is unknown
+    :raises RuntimeError: if torch cannot compile here
+    """
+    if options is False:
+        return
+    if options is not True and not isinstance(options, dict):
+        raise TypeError(f"compile must be True, False or a dict of arguments of torch.compile, not {options!r}")
+    given = {} if options is True else options
+    allowed = [name for name in inspect.signature(th.compile).parameters if name != "model"]
+    for name in given:
+        if name not in allowed:
+            hint = did_you_mean(name, allowed)
+            raise TypeError(f"compile has {name!r}, which is not an argument of torch.compile: {', '.join(allowed)}.{hint}")
+    backend = given.get("backend", "inductor")
+    backends = th.compiler.list_backends(exclude_tags=None)
+    if isinstance(backend, str) and backend not in backends:
+        raise ValueError(
+            f"compile's backend={backend!r} must be one of {', '.join(backends)}.{did_you_mean(backend, backends)}"
+        )
+    if backend == "inductor":
+        # Only here: importing torch's compiler takes time and memory.
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise RuntimeError(
+                "compile=True needs a C++ compiler, and torch finds none: install g++ (or clang, or name one in the "
+                "environment variable CXX), or leave compile out. The update is then slower, and bit-identical to PPO's."
+            ) from error
+
+
+class _Validation:
+    """How many updates in this process want the parameters of distributions unchecked, and what to put back afterwards."""
+
+    lock = threading.Lock()
+    users = 0
+    before = True
+
+
+@contextmanager
+def unvalidated_distributions() -> Iterator[None]:
+    """
+    While this lasts, torch's distributions do not look for NaN in their parameters, which compiled code cannot do.
+
+    The switch is the process's. It is put back when the last of several threads leaves.
+    """
+    with _Validation.lock:
+        if _Validation.users == 0:
+            _Validation.before = Distribution._validate_args
+            Distribution.set_default_validate_args(False)
+        _Validation.users += 1
+    try:
+        yield
+    finally:
+        with _Validation.lock:
+            _Validation.users -= 1
+            if _Validation.users == 0:
+                Distribution.set_default_validate_args(_Validation.before)

@@ -1,0 +1,43 @@
+"""Writing files so that none is ever half there."""
+
+import contextlib
+import os
+import pathlib
+import time
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """
+    Write a file so that at any moment, a kill or a power cut included, there is the old one or the new one, and whole.
+
+    :param path: file to write; a file that is there is replaced
+    :param content: what to write
+    :raises OSError: naming the file, if it cannot be written
+    """
+    path = pathlib.Path(os.path.realpath(path))  # what a link points to
+    # In the same folder: a rename from another file system would be a copy.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        for pause in (0.1, 1.0, 5.0):
+            try:
+                temporary.replace(path)
+                break
+            except PermissionError:  # Windows replaces no file that a program has open, such as a virus scanner
+                if os.name == "posix":
+                    raise
+                time.sleep(pause)
+        else:
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name must reach the disk, too; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,50 @@
+"""What the bits of a run depend on beside its own state: random generators, and the versions and machine it runs on."""
+
+import importlib.metadata
+import pathlib
+import platform
+import random
+from typing import Any
+
+import numpy as np
+import torch as th
+
+#: Packages whose versions decide the numbers.
+PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
+
+
+def read_generators() -> dict[str, Any]:
+    """State of the random generators of Python, numpy and torch."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": th.get_rng_state(),
+        "cuda": th.cuda.get_rng_state_all() if th.cuda.is_initialized() else [],
+    }
+
+
+def set_generators(state: dict[str, Any]) -> None:
+    """
+    Put the random generators back; those of GPUs that are not here are left out.
+
+    :param state: as :func:`read_generators` returned it
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    th.set_rng_state(state["torch"])
+    for device, generator in enumerate(state["cuda"][: th.cuda.device_count()]):
+        th.cuda.set_rng_state(generator, device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def processor() -> str:
+    """The processor's own name, as far as the system tells it: ``platform`` knows no more than its kind on Linux."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,178 @@
+"""RL Zoo with trained agents: training one further, resuming a run that was killed, playing agents of the base algorithm."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS, get_latest_run_id
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_klip.callbacks import ResumableCheckpointCallback
+from sb3_klip.checkpoints.file import Checkpoint
+from sb3_klip.checkpoints.zoo_run import load_vecnormalize, read_zoo_yaml, statistics_file
+from sb3_klip.reproducibility import read_generators, set_generators
+
+#: Episodes that a loaded agent plays before it is trained further.
+EPISODES = 20
+
+#: The hyperparameter that asks ``rl_zoo3.train -i`` to resume: ``-params resume:True``.
+RESUME = "resume"
+
+
+def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The hyperparameters of the run to resume, if the user asks to resume one.
+
+    :param manager: RL Zoo's manager; its seed, number of steps and environment arguments become those of the run
+    :param hyperparams: as RL Zoo has read them, with the command line's; ``resume`` is taken out
+    :return: those of the run that was interrupted
+    :raises ValueError: if there is no checkpoint to resume from, or other hyperparameters are given
+    """
+    manager.resume = resume = hyperparams.pop(RESUME, False)  # type: ignore[attr-defined]
+    if not resume:
+        return None
+    if not manager.continue_training:
+        raise ValueError("resume:True needs the checkpoint to resume from: -i …/rl_model_…_steps.zip")
+    if others := [name for name in manager.custom_hyperparams or () if name != RESUME]:
+        raise ValueError(f"resume:True takes the hyperparameters of the interrupted run, so {', '.join(others)} cannot be set")
+    checkpoint = Checkpoint.read(manager.trained_agent)
+    checkpoint.resume_state(trusted=True)
+    config = checkpoint.config()
+    if config is None:
+        raise ValueError(f"{checkpoint.name} cannot be resumed: there is no config.yml with its hyperparameters beside it")
+    file, resumed = config
+    print(f"Resuming with the hyperparameters of the interrupted run: {file}")
+    arguments = read_zoo_yaml(file.with_name("args.yml"))
+    if (env_id := arguments.get("env", manager.env_name.gym_id)) != manager.env_name.gym_id:
+        raise ValueError(f"{checkpoint.name} is of a run on {env_id}, which cannot be resumed on {manager.env_name.gym_id}")
+    # They are written to the args.yml of this run, so that it can be resumed in turn.
+    manager.seed = manager.args.seed = arguments.get("seed", manager.seed)
+    manager.env_kwargs = manager.args.env_kwargs = manager.env_kwargs or arguments.get("env_kwargs") or {}
+    manager.eval_env_kwargs = arguments.get("eval_env_kwargs") or manager.env_kwargs
+    if manager.n_timesteps <= 0:
+        manager.n_timesteps = checkpoint.data["_total_timesteps"]
+    return resumed
+
+
+def keep_statistics(manager: ExperimentManager, *hyperparams: dict[str, Any]) -> None:
+    """
+    Where an agent has statistics, its further training has them too, and saves them, as its ``config.yml`` says.
+
+    :param manager: RL Zoo's manager
+    :param hyperparams: the hyperparameters, in which ``normalize`` is set
+    """
+    if statistics_file(Path(manager.trained_agent)) is not None:
+        for each in hyperparams:
+            each["normalize"] = each.get("normalize") or True
+
+
+def make_checkpoints_resumable(manager: ExperimentManager, first: int) -> None:
+    """
+    Put callbacks whose checkpoints can be resumed from in place of the zoo's.
+
+    :param manager: RL Zoo's manager, which has just made its callbacks
+    :param first: position of the first of them; those before are the user's
+    """
+    for position, callback in enumerate(manager.callbacks):
+        if position >= first and type(callback) is CheckpointCallback:
+            manager.callbacks[position] = ResumableCheckpointCallback(
+                callback.save_freq,
+                callback.save_path,
+                callback.name_prefix,
+                save_vecnormalize=True,
+                verbose=callback.verbose,
+            )
+
+
+def with_statistics_of_agent(manager: ExperimentManager, env: VecEnv, eval_env: bool) -> VecEnv | None:
+    """
+    Environments with the statistics of the agent that is trained further.
+
+    :param manager: RL Zoo's manager
+    :param env: the environments
+    :param eval_env: whether they are for evaluation
+    :return: the environments; None if the agent has no statistics, or none is trained further
+    """
+    file = statistics_file(Path(manager.trained_agent)) if manager.continue_training else None
+    if file is None:
+        return None
+    print(f"Loading saved VecNormalize stats: {file}")
+    normalized = load_vecnormalize(file, env)
+    if eval_env:
+        normalized.training = False
+        normalized.norm_reward = False
+    return normalized
+
+
+def resume(manager: ExperimentManager, env: VecEnv) -> BaseAlgorithm:
+    """
+    The model of the run that is resumed.
+
+    :param manager: RL Zoo's manager
+    :param env: the environments
+    """
+    model = ALGOS[manager.algo].load(
+        manager.trained_agent,
+        env=env,
+        device=manager.device,
+        resume=True,
+        tensorboard_log=manager.tensorboard_log,
+        verbose=manager.verbose,
+    )
+    print(f"Resuming at step {model.num_timesteps} of {manager.n_timesteps}")
+    return model
+
+
+def report(manager: ExperimentManager, model: BaseAlgorithm) -> None:
+    """
+    Show what an agent can do before it is trained further.
+
+    :param manager: RL Zoo's manager
+    :param model: the agent
+    """
+    generators = read_generators()  # playing must not change what training draws
+    eval_env = manager.create_envs(1, eval_env=True, no_log=True)
+    mean, std = evaluate_policy(model, eval_env, EPISODES, deterministic=True)
+    eval_env.close()
+    set_generators(generators)
+    print(f"The loaded agent's deterministic return over {EPISODES} episodes: {mean:.2f} +/- {std:.2f}")
+
+
+def may_take_over(folder: str, algo: str, env_name: Any) -> bool:
+    """
+    Whether an agent of the base algorithm may be played where one of ours was not found.
+
+    Not where there are some of ours, as it was one of them that could not be found; nor by the script that uploads an agent,
+    which should not go under another algorithm's name.
+
+    :param folder: of the agents
+    :param algo: our algorithm
+    :param env_name: of the environment
+    """
+    script = getattr(sys.modules["__main__"], "__spec__", None)
+    is_upload = script is not None and script.name == "rl_zoo3.push_to_hub"
+    return not is_upload and get_latest_run_id(os.path.join(folder, algo), env_name) <= 0
+
+
+def missing_agent(folder: str, algo: str, base: str, env_name: Any, error: Exception) -> Exception:
+    """
+    What to raise where there is neither an agent of ours nor one of the base algorithm.
+
+    :param folder: of the agents
+    :param algo: our algorithm
+    :param base: the base algorithm
+    :param env_name: of the environment
+    :param error: what the zoo has raised
+    """
+    agents = sorted(str(path.relative_to(folder)) for name in (algo, base) for path in Path(folder).glob(f"{name}/*_*"))
+    if not agents:
+        return error
+    return ValueError(
+        f"{folder} has no agent of {algo} or {base} for {env_name}, but {', '.join(agents)}. An agent for another "
+        "version of the environment can be trained further: rl_zoo3.train -i."
+    )

@@ -1,0 +1,58 @@
+"""Hyperparameters in RL Zoo: which there are, and the zoo's own with ours laid over them."""
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import rl_zoo3
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+#: Hyperparameters that RL Zoo takes for itself, and arguments of algorithms that it gives.
+ZOO_TAKES = (
+    *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs"),
+    *("callback", "noise_type", "noise_std"),
+)
+ZOO_GIVES = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup_model"}
+
+
+def hyperparameters(algorithm: type[BaseAlgorithm]) -> set[str]:
+    """Names of the hyperparameters that an algorithm may have in RL Zoo."""
+    return {*ZOO_TAKES, *inspect.signature(algorithm).parameters} - ZOO_GIVES
+
+
+def zoo_hyperparams() -> Path:
+    """Where RL Zoo keeps its YAML files: in its package or, in a git checkout, beside it."""
+    package = Path(rl_zoo3.__file__).parent
+    inside = package / "hyperparams"
+    return inside if inside.is_dir() else package.parent / "hyperparams"
+
+
+def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
+    """
+    The installed zoo's hyperparameters with ours laid over them, environment by environment and key by key.
+
+    :param base: the zoo's algorithm, whose ``<base>.yml`` is read
+    :param name: our algorithm, whose ``<name>.yml`` is laid over it
+    :return: a new dictionary: hyperparameters by environment
+    """
+    hyperparams = yaml.safe_load((zoo_hyperparams() / f"{base}.yml").read_text(encoding="utf-8"))
+    # Not through importlib.resources: in a clone, the package is a folder elsewhere.
+    folder = Path(importlib.import_module("sb3_klip.hyperparams").__path__[0])
+    ours = yaml.safe_load((folder / f"{name}.yml").read_text(encoding="utf-8")) or {}
+    for env_id, entry in ours.items():
+        is_atari = env_id in gym.envs.registry and ExperimentManager.is_atari(env_id)
+        hyperparams[env_id] = {**hyperparams.get(env_id, hyperparams["atari" if is_atari else "default"]), **entry}
+    return hyperparams
+
+
+def evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
+    """As the zoo does with policy_kwargs: "dict(width=0.1)"."""
+    if isinstance(text := hyperparams.get("beta_kwargs"), str):
+        try:
+            hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
+        except Exception as error:
+            raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error

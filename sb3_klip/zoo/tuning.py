@@ -1,0 +1,59 @@
+"""The coefficient as a hyperparameter that RL Zoo's tuner searches: ``beta: search`` with ``--optimize-hyperparameters``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+
+from sb3_klip.coefficients import entries
+
+#: The value of ``beta`` that asks for the search.
+SEARCH = "search"
+
+Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
+Converter = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def search_space() -> dict[str, Mapping[str, tuple[float, float]]]:
+    """The coefficients that are tried, with the range of each parameter that is sampled, on a logarithmic scale."""
+    return {entry.name: entry.search for entry in entries() if entry.search is not None}
+
+
+def sampler_with_beta(sampler: Sampler) -> Sampler:
+    """
+    Extend a sampler of RL Zoo by the coefficient and, conditional on it, its parameters.
+
+    :param sampler: the zoo's sampler of all other hyperparameters
+    :return: sampler that sets ``beta`` and ``beta_kwargs`` together
+    """
+
+    def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        hyperparams = sampler(trial, n_actions, n_envs, additional_args)
+        spaces = search_space()
+        name = trial.suggest_categorical("beta", list(spaces))
+        beta_kwargs = {
+            parameter: trial.suggest_float(f"beta_{name}_{parameter}", low, high, log=True)
+            for parameter, (low, high) in spaces[name].items()
+        }
+        return {**hyperparams, "beta": name, "beta_kwargs": beta_kwargs}
+
+    return sample
+
+
+def converter_with_beta(converter: Converter) -> Converter:
+    """
+    Extend a converter of RL Zoo, which makes hyperparameters of the parameters stored in a trial.
+
+    :param converter: the zoo's converter of all other hyperparameters
+    :return: converter that makes ``beta`` and ``beta_kwargs`` of what :func:`sampler_with_beta` sampled
+    """
+
+    def convert(sampled: dict[str, Any]) -> dict[str, Any]:
+        if "beta" not in sampled:
+            return converter(sampled)
+        name, prefix = sampled["beta"], f"beta_{sampled['beta']}_"
+        beta_kwargs = {key.removeprefix(prefix): value for key, value in sampled.items() if key.startswith(prefix)}
+        others = {key: value for key, value in sampled.items() if key != "beta" and not key.startswith(prefix)}
+        return {**converter(others), "beta": name, "beta_kwargs": beta_kwargs}
+
+    return convert
