@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes run side by side, and bit-for-bit comparisons need one thread count.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: help train test test-slow test-versions lint type docs benchmark report clean
+.PHONY: help train test test-slow test-versions lint format type tables docs experiments report timings clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,21 +33,34 @@ test-slow: $(INSTALLED) ## the tests that take minutes
 test-versions: $(INSTALLED) ## the identity with the lowest and the newest versions of what this builds on
 	$(BIN)/nox -s lowest newest
 
-lint: $(INSTALLED) ## check style and formatting
+lint: $(INSTALLED) ## check style, formatting and spelling
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+format: $(INSTALLED) ## format the code, and mend of its style what can be mended
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
 
 type: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
+tables: $(INSTALLED) ## write the tables of coefficients, variants and modules into README, CONTRIBUTING and docs
+	$(BIN)/python docs/tables.py
+
 docs: $(INSTALLED) ## build the documentation into docs/_build, with warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
-benchmark: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, knobs)
-	$(BIN)/python -m sb3_klip.benchmark run --suite $(SUITE)
+experiments: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, knobs)
+	$(BIN)/python -m sb3_klip.experiments run --suite $(SUITE)
 
-report: $(INSTALLED) ## its tables and figures: SUITE=smoke
-	$(BIN)/python -m sb3_klip.benchmark report logs/benchmark/$(SUITE)
+report: $(INSTALLED) ## tables and figures of a suite: SUITE=smoke
+	$(BIN)/python -m sb3_klip.experiments report logs/experiments/$(SUITE)
+
+timings: $(INSTALLED) ## print how long updates, whole trainings and imports take, beside PPO's
+	$(BIN)/python timings/train.py --compile
+	$(BIN)/python timings/end_to_end.py
+	$(BIN)/python timings/imports.py
 
 clean: ## remove what make has made
 	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -57,5 +70,5 @@ clean: ## remove what make has made
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e ".[tests,docs,benchmark,plots,extra]"
+	$(BIN)/pip install -c constraints.txt -e ".[tests,docs,experiments,plots,extra]"
 	touch $@

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent
 #: Where a change of what this package builds on shows first, and what these tests need; no Box2D, as that of gymnasium's older
 #: releases has to be compiled.
-IDENTITY = ("tests/test_identity.py", "tests/test_variants.py", "tests/test_zoo.py")
+IDENTITY = ("identity", "drop_in", "variants", "rl_zoo", "zoo_registration", "hook")
 NEEDED = ("-e", ".[tests,plots]", "stable-baselines3[extra]")
 
 nox.options.sessions = ["lowest", "newest"]
@@ -54,7 +54,7 @@ def pytest(session: nox.Session, *files: str) -> None:
 def tests(session: nox.Session) -> None:
     """The fast tests under each Python, with the versions of constraints.txt."""
     session.install("-c", "constraints.txt", "torch")
-    session.install("-c", "constraints.txt", "-e", ".[tests,benchmark,plots,extra]")
+    session.install("-c", "constraints.txt", "-e", ".[tests,experiments,plots,extra]")
     pytest(session)
 
 
@@ -62,11 +62,11 @@ def tests(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """The identity with the lowest versions that setup.cfg allows."""
     session.install(torch(), *lowest_versions(), *NEEDED)
-    pytest(session, *IDENTITY)
+    pytest(session, *(f"tests/test_{name}.py" for name in IDENTITY))
 
 
 @nox.session
 def newest(session: nox.Session) -> None:
     """The identity with the newest releases that setup.cfg allows."""
     session.install("--upgrade", "--upgrade-strategy", "eager", torch(), *NEEDED)
-    pytest(session, *IDENTITY)
+    pytest(session, *(f"tests/test_{name}.py" for name in IDENTITY))

@@ -9,7 +9,8 @@ from typing import Any
 # The documentation is of this checkout, whichever sb3-klip is installed.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, __version__
+from sb3_klip import __version__
+from sb3_klip.variants import VARIANTS
 
 project = "sb3-klip"
 author = "The sb3-klip developers"
@@ -39,6 +40,8 @@ nitpick_ignore_regex = [
         r"(collections\.abc|gymnasium|io|matplotlib|numpy|pandas|pathlib|stable_baselines3|sb3_contrib|torch)\..*"
         r"|BaseCallback|VecEnv",
     ),
+    # An alias of a union, which has no page, where the signature names it without its module.
+    ("py:class", "CoefficientLike"),
     # Type variables, which have no page.
     ("py:class", r"sb3_klip\..*\.(Self\w+|AnyFunction)"),
 ]
@@ -50,8 +53,14 @@ def plain_types(app: Any, function: Any, bound_method: bool) -> None:
         function.__annotations__ = typing.get_type_hints(function)
 
 
+def plain_formulas(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Show the bars of |w - 1| in the formula of a coefficient, which reStructuredText would take for a substitution."""
+    lines[:] = [line.replace("|", r"\|") if line.startswith(("Removal: ", "Weight: ")) else line for line in lines]
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", plain_formulas)
     app.connect("autodoc-before-process-signature", plain_types)
     # Where an argument and an attribute share a name, Sphinx would show the type of the attribute for both.
-    for algorithm in (KLipPPO, KLipMaskablePPO, KLipRecurrentPPO):
-        algorithm.__annotations__ = algorithm.__init__.__annotations__
+    for variant in VARIANTS:
+        variant.algorithm.__annotations__ = variant.algorithm.__init__.__annotations__

@@ -3,14 +3,14 @@ Three coefficients on one task: the trainings, a table with statistics, and the 
 
 The suite is the YAML file beside this one. On the command line:
 
-    python -m sb3_klip.benchmark run --suite examples/compare_coefficients.yml --folder compare
-    python -m sb3_klip.benchmark report compare
+    python -m sb3_klip.experiments run --suite examples/compare_coefficients.yml --folder compare
+    python -m sb3_klip.experiments report compare
 """
 
 import sys
 from pathlib import Path
 
-from sb3_klip.benchmark.__main__ import main
+from sb3_klip.experiments.__main__ import main
 
 if __name__ == "__main__":  # the workers are processes that import this file
     suite = Path(__file__).with_suffix(".yml")

@@ -1,4 +1,4 @@
-"""A coefficient of your own: a function of per-sample tensors that returns the gate g in β = -w Â g."""
+"""A coefficient of your own: a function of per-sample tensors that returns the removal g in β = -w Â g."""
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import register

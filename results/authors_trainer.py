@@ -1,10 +1,10 @@
 """
 RL Zoo with the two places where the paper's trainer differs from Stable-Baselines3, each of which can be switched off.
 
-    python benchmarks/authors_trainer.py --env HalfCheetah-v4 --seed 0 -conf sb3_klip.hyperparams.paper \
+    python results/authors_trainer.py --env HalfCheetah-v4 --seed 0 -conf sb3_klip.hyperparams.paper \
         --num-threads 1 --eval-freq -1 -f logs/authors -params vf_coef:0.5
-    python benchmarks/authors_trainer.py … -params vf_coef:0.5 rollout_advantages:False
-    python benchmarks/authors_trainer.py … -params larger_value_loss:False      # vf_coef 0.25, as the factor 1/2 goes with it
+    python results/authors_trainer.py … -params vf_coef:0.5 rollout_advantages:False
+    python results/authors_trainer.py … -params larger_value_loss:False      # vf_coef 0.25, as the factor 1/2 goes with it
 
 All other arguments are those of ``rl_zoo3.train``; the algorithm is called ``authors_ppo``. It serves to attribute a
 difference between the paper's numbers and ours; what remains is the version of MuJoCo.

@@ -1,7 +1,7 @@
 """
 Learning curves' ends for every coefficient with its defaults, through RL Zoo with its tuned hyperparameters for PPO.
 
-    python benchmarks/learning.py learning --jobs 2     # CartPole-v1 on three seeds, Hopper-v4 on one, 100 000 steps each
+    python results/learning.py logs/learning --jobs 2     # CartPole-v1 on three seeds, Hopper-v4 on one, 100 000 steps each
 
 Each run is an ordinary ``rl_zoo3.train`` below the folder, whose command is in the first line of its file below ``results``;
 runs that have ended are not repeated. Prints a table in Markdown: for CartPole-v1 the best mean return of 100 episodes in a
@@ -12,9 +12,9 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sb3_klip.benchmark.cell import Cell, run_cell
-from sb3_klip.benchmark.results import read_episodes
 from sb3_klip.coefficients import available
+from sb3_klip.experiments.cell import Cell, run_cell
+from sb3_klip.experiments.results import read_episodes
 
 SEEDS = {"CartPole-v1": (0, 1, 2), "Hopper-v4": (0,)}
 

@@ -217,7 +217,7 @@ class ResumableCheckpointCallback(CheckpointCallback):
         if save_freq <= 0:
             raise ValueError(f"save_freq={save_freq!r} must be positive")
         super().__init__(save_freq, save_path, name_prefix, save_replay_buffer, save_vecnormalize, verbose)
-        self.saved = 0
+        self._saved = 0
 
     # An algorithm of sb3-klip, as _init_callback checks.
     model: Any
@@ -240,15 +240,16 @@ class ResumableCheckpointCallback(CheckpointCallback):
 
     def _on_training_start(self) -> None:
         # Calls that a run which goes on has already had are not due again.
-        self.saved = self.n_calls // self.save_freq
+        self._saved = self.n_calls // self.save_freq
 
     def _on_step(self) -> bool:
         return True
 
     def _save_if_due(self) -> None:
-        if self.n_calls // self.save_freq <= self.saved:
+        if self.n_calls // self.save_freq <= self._saved:
             return
-        self.saved = self.n_calls // self.save_freq
+        self._saved = self.n_calls // self.save_freq
+        self.num_timesteps = self.model.num_timesteps  # which an event callback tells at events only
         statistics: VecNormalize | None = self.model.get_vec_normalize_env()
         if self.save_vecnormalize and statistics is not None:
             path = Path(self._checkpoint_path("vecnormalize_", extension="pkl"))

@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class ArchitectureError(ValueError, RuntimeError):
+    """Parameters of a policy of another architecture, for which torch, and so Stable-Baselines3, has a ``RuntimeError``."""
+
+
 def did_you_mean(given: object, valid: Iterable[object]) -> str:
     """
     A sentence that names the nearest valid name, or nothing if none is near.

@@ -1,5 +1,6 @@
 """Maskable PPO with one KL coefficient per sample."""
 
+import functools
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,29 +102,13 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
 
         :raises ValueError: if a mask forbids every action, which would silently make all of them equally likely
         """
-        hook = self.policy.register_forward_pre_hook(self._check_masks, with_kwargs=True)
+        # A function that knows neither the model nor its policy: callbacks may copy the policy in the middle of a rollout.
+        check = functools.partial(_refuse_empty_masks, id(self.policy), _choices(self.action_space))
+        hook = self.policy.register_forward_pre_hook(check, with_kwargs=True)
         try:
             return super().collect_rollouts(*args, **kwargs)
         finally:
             hook.remove()
-
-    def _check_masks(self, policy: th.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse masks that leave no choice in one of the action's dimensions."""
-        masks = kwargs.get("action_masks")
-        if masks is None:
-            return
-        space = self.action_space
-        if isinstance(space, spaces.Discrete):
-            sizes = [int(space.n)]
-        elif isinstance(space, spaces.MultiDiscrete):
-            sizes = [int(size) for size in space.nvec]
-        else:  # MultiBinary: off and on in each dimension
-            sizes = [2] * int(np.prod(space.shape or ()))
-        rows = np.asarray(masks, dtype=bool).reshape(-1, sum(sizes))
-        for dimension, choices in enumerate(np.split(rows, np.cumsum(sizes)[:-1], axis=1)):
-            if not (allowed := choices.any(axis=1)).all():
-                where = f" in dimension {dimension}" if len(sizes) > 1 else ""
-                raise ValueError(f"action_masks() of environment {int(allowed.argmin())} forbids every action{where}")
 
     def learn(  # type: ignore[override]
         self: SelfKLipMaskablePPO,
@@ -138,3 +123,26 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
         return super().learn(
             total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, use_masking, progress_bar
         )
+
+
+def _choices(space: spaces.Space) -> list[int]:
+    """Number of choices in each of an action's dimensions."""
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return [int(size) for size in space.nvec]
+    return [2] * int(np.prod(space.shape or ()))  # MultiBinary: off and on in each dimension
+
+
+def _refuse_empty_masks(
+    owner: int, choices: list[int], policy: th.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse masks that leave no choice in one of the action's dimensions; for the policy of this id, and not for copies."""
+    masks = kwargs.get("action_masks")
+    if masks is None or id(policy) != owner:
+        return
+    rows = np.asarray(masks, dtype=bool).reshape(-1, sum(choices))
+    for dimension, part in enumerate(np.split(rows, np.cumsum(choices)[:-1], axis=1)):
+        if not (allowed := part.any(axis=1)).all():
+            where = f" in dimension {dimension}" if len(choices) > 1 else ""
+            raise ValueError(f"action_masks() of environment {int(allowed.argmin())} forbids every action{where}")

@@ -6,7 +6,7 @@ The update that all variants share: PPO's inner loop, with the per-sample KL sur
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -22,6 +22,7 @@ from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
 from sb3_klip.divergence import PolicySnapshot, scatter_to_mask
 from sb3_klip.fast.compiling import compiled_loss
+from sb3_klip.fast.graph import given_up, graph_loss, reason_against
 from sb3_klip.fast.optimizer import Step, optimizer_step
 from sb3_klip.reproducibility import read_generators, set_generators
 from sb3_klip.rollout import episode_positions, indexed_minibatches, rollout_copy
@@ -83,6 +84,8 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     _episode_steps: Sequence[int] = ()
     #: β of each sample in the last epoch of the last update, shape (n_steps * n_envs,).
     update_beta: th.Tensor | None = None
+    #: How minibatches are computed: "traced", "compiled", or "eager, as …" with the reason why not faster.
+    update_path: str = ""
     # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
     batch_size: Any
@@ -126,12 +129,13 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
         before = copy.deepcopy(self.policy.state_dict())
         parameters, fused = list(self.policy.parameters()), bool(self.compile)
+        compute = self._compute(update)
         cause = None
         try:
             with optimizer_step(self.policy.optimizer, parameters, self.max_grad_norm, fused) as step:
                 for epoch in range(self.n_epochs):
                     log.begin_epoch()
-                    finished = self._train_epoch(epoch, update, log, step)
+                    finished = self._train_epoch(epoch, update, log, compute, step)
                     if not log.is_finite():
                         break
                     log.end_epoch()
@@ -181,9 +185,46 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             )
         return self.beta
 
-    def _train_epoch(self, epoch: int, update: Update, log: UpdateLog, step: Step) -> bool:
+    def _compute(self, update: Update) -> Callable[..., tuple[Any, Minibatch]]:
+        """What computes a minibatch of this update: :meth:`_loss`, or the same in less time."""
+        if self.compile:
+            self.update_path = "compiled"
+            return compiled_loss(self)
+        reason = reason_against(self, update.coefficient)
+        self._tell_path(reason)
+        return self._loss if reason else graph_loss(self, update)
+
+    def _tell_path(self, reason: str) -> None:
+        """Keep, and show once, how minibatches are computed."""
+        path = f"eager, as {reason}" if reason else "traced"
+        if self.verbose >= 1 and path != self.update_path:
+            print(f"The update is {path}")
+        self.update_path = path
+
+    def has_known_loss(self) -> bool:
+        """Whether the loss is this package's, and no subclass or user has replaced a part of it."""
+        parts = (
+            "_loss",
+            "_evaluate_actions",
+            "_valid_steps",
+            "_normalize_advantages",
+            "_value_loss",
+            "_quantities",
+            "_actions",
+        )
+        return not any(name in vars(self) for name in parts) and all(
+            getattr(type(self), name).__module__.startswith("sb3_klip.") for name in parts
+        )
+
+    def _train_epoch(
+        self,
+        epoch: int,
+        update: Update,
+        log: UpdateLog,
+        compute: Callable[..., tuple[Any, Minibatch]],
+        step: Step,
+    ) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
-        compute = compiled_loss(self) if self.compile else self._loss
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             loss, minibatch = compute(rollout_data, indices, update)
             log.minibatches.append(minibatch)
@@ -228,6 +269,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             # The percentiles are for plots; on the terminal they would double the length of the table.
             self.logger.record(f"train/{key}", value, exclude="stdout" if key.startswith("beta_p") else None)
         self.update_beta = log.last_beta
+        if self.update_path == "traced" and (reason := given_up(self)):
+            self._tell_path(reason)
+        self.logger.record("train/traced", float(self.update_path == "traced"), exclude="stdout")
         if update.coefficient.learns or self.log_kl:
             kl = self._rollout_kl(update.snapshot)
             update.coefficient.end_update(kl)
@@ -295,7 +339,7 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         """
         self.policy.set_training_mode(False)
         generators = read_generators()  # a buffer of the user's own may draw from any of them
-        for rollout_data, indices in indexed_minibatches(buffer or self.rollout_buffer, self.batch_size):
+        for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, self.batch_size):
             with th.no_grad():
                 _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages

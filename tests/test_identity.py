@@ -1,5 +1,4 @@
-"""
-Theorem 1, bit for bit: KLipPPO with the default coefficient ends training in the state of PPO.
+"""Theorem 1, bit for bit: with the default coefficient, training ends in the state of the base class.
 
 Holds for one machine, one thread count and deterministic kernels, which is what these tests run on. No tolerance here.
 """
@@ -7,8 +6,12 @@ Holds for one machine, one thread count and deterministic kernels, which is what
 import gymnasium as gym
 import numpy as np
 import pytest
+import rl_zoo3.import_envs  # noqa: F401  registers the environments without velocities
 import torch as th
-from identity_helpers import assert_identical, state_tensors, train
+from helpers import assert_identical, cartpole, pendulum, state_tensors, train
+from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
+from sb3_contrib.common.wrappers import ActionMasker
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,18 +27,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 
-from sb3_klip import KLipPPO
+from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
 
 # Large steps, so that clipping really happens; every case asserts that it does.
 FAST = {"learning_rate": 1e-2, "n_steps": 128, "batch_size": 32, "n_epochs": 4}
-
-
-def pendulum():
-    return gym.make("Pendulum-v1")
-
-
-def cartpole():
-    return gym.make("CartPole-v1")
 
 
 def normalized_pendulums():
@@ -230,3 +225,107 @@ def test_measuring_the_kl_divergence_changes_nothing():
     model, logs = train(KLipPPO, DropoutPolicy, pendulum, 400, **kwargs, log_kl=True)
     assert logs.column("train/kl")
     assert_identical(model, train(PPO, DropoutPolicy, pendulum, 400, **kwargs)[0])
+
+
+# -- sb3-contrib's algorithms ----------------------------------------------------------------------------------------------
+
+
+def discrete():
+    return InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10)
+
+
+def multi_discrete():
+    return InvalidActionEnvMultiDiscrete(dims=[3, 4], n_invalid_actions=2)
+
+
+def multi_binary():
+    return InvalidActionEnvMultiBinary(dims=4, n_invalid_actions=2)
+
+
+def masked_cartpole():
+    """Pushing right is forbidden while the pole leans left, by a wrapper."""
+    return ActionMasker(gym.make("CartPole-v1"), lambda env: np.array([True, env.unwrapped.state[2] > -0.05]))
+
+
+class MaskedDict(SimpleMultiObsEnv):
+    """Dictionaries of images and vectors, with masks."""
+
+    def action_masks(self):
+        return np.array([True, self.state % 2 == 0, True, self.state % 3 == 0])
+
+
+def masked_images():
+    return ActionMasker(images(n_channels=1), lambda env: np.array([True, False] * 3))
+
+
+MASKED = {
+    "discrete": (discrete, {}),
+    "discrete_minibatch_60": (discrete, {"batch_size": 60}),
+    "minibatch_33": (discrete, {"batch_size": 33, "ent_coef": 0.01}),
+    "multi_discrete": (multi_discrete, {"batch_size": 60}),
+    "multi_binary": (multi_binary, {"batch_size": 60}),
+    "wrapper": (masked_cartpole, {"batch_size": 60}),
+    "several_environments": (lambda: make_vec_env(discrete, n_envs=3, seed=0), {"batch_size": 50}),
+    "dictionary": (MaskedDict, {"policy": "MultiInputPolicy", "batch_size": 60}),
+    "images": (
+        masked_images,
+        {"policy": "CnnPolicy", "policy_kwargs": {"features_extractor_kwargs": {"features_dim": 32}, "net_arch": [16]}},
+    ),
+    "value_clipping": (discrete, {"clip_range_vf": 0.2, "batch_size": 60}),
+    "target_kl": (discrete, {"target_kl": 0.01}),
+    "advantages_as_they_are": (discrete, {"normalize_advantage": False, "batch_size": 60}),
+    "schedules": (discrete, {"clip_range": LinearSchedule(0.3, -0.1, 1.0), "batch_size": 60}),
+}
+LSTM = {"lstm_hidden_size": 16, "net_arch": [16]}
+RECURRENT = {
+    "box": (lambda: gym.make("PendulumNoVel-v1"), {}),
+    "box_minibatch_60": (lambda: gym.make("PendulumNoVel-v1"), {"batch_size": 60, "vf_coef": 0.7}),
+    "minibatch_50": (lambda: gym.make("CartPoleNoVel-v1"), {"batch_size": 50, "vf_coef": 0.7}),
+    "minibatch_33": (lambda: gym.make("CartPoleNoVel-v1"), {"batch_size": 33, "ent_coef": 0.01}),
+    "several_environments": (lambda: make_vec_env("CartPoleNoVel-v1", n_envs=3), {"batch_size": 50}),
+    "vec_normalize": (lambda: VecNormalize(make_vec_env("PendulumNoVel-v1", n_envs=2)), {"batch_size": 50}),
+    "gsde": (lambda: gym.make("PendulumNoVel-v1"), {"use_sde": True, "batch_size": 60}),
+    "shared_lstm": (
+        lambda: gym.make("CartPoleNoVel-v1"),
+        {"policy_kwargs": {**LSTM, "shared_lstm": True, "enable_critic_lstm": False}, "batch_size": 60},
+    ),
+    "critic_without_lstm": (
+        lambda: gym.make("CartPoleNoVel-v1"),
+        {"policy_kwargs": {**LSTM, "enable_critic_lstm": False}, "batch_size": 60, "learning_rate": 3e-2},
+    ),
+    "two_layers": (
+        lambda: gym.make("CartPoleNoVel-v1"),
+        {"policy_kwargs": {**LSTM, "n_lstm_layers": 2}, "batch_size": 60, "learning_rate": 3e-2},
+    ),
+    "images": (
+        lambda: images(n_channels=1),
+        {"policy": "CnnLstmPolicy", "policy_kwargs": {**LSTM, "features_extractor_kwargs": {"features_dim": 16}}},
+    ),
+    "dictionary": (SimpleMultiObsEnv, {"policy": "MultiInputLstmPolicy", "batch_size": 60}),
+    "value_clipping": (lambda: gym.make("CartPoleNoVel-v1"), {"clip_range_vf": 0.2, "batch_size": 60}),
+    "target_kl": (lambda: gym.make("CartPoleNoVel-v1"), {"target_kl": 0.01}),
+    "advantages_as_they_are": (lambda: gym.make("CartPoleNoVel-v1"), {"normalize_advantage": False, "batch_size": 60}),
+    "schedules": (
+        lambda: gym.make("CartPoleNoVel-v1"),
+        {"clip_range": LinearSchedule(0.3, -0.1, 1.0), "batch_size": 60},
+    ),
+}
+CONTRIB = {
+    "maskable": (KLipMaskablePPO, MaskablePPO, MASKED, {"policy": "MlpPolicy"}),
+    "recurrent": (KLipRecurrentPPO, RecurrentPPO, RECURRENT, {"policy": "MlpLstmPolicy", "policy_kwargs": LSTM}),
+}
+
+
+@pytest.mark.parametrize(("variant", "case"), [(v, case) for v in CONTRIB for case in CONTRIB[v][2]])
+def test_state_after_training_is_that_of_the_class_of_sb3_contrib(variant, case):
+    ours, theirs, cases, defaults = CONTRIB[variant]
+    make_env, changes = cases[case]
+    kwargs = {**FAST, **defaults, **changes}
+    policy = kwargs.pop("policy")
+    klip, logs = train(ours, policy, make_env, 300, **kwargs)
+    base, base_logs = train(theirs, policy, make_env, 300, **kwargs)
+    assert max(logs.column("train/kill_fraction")) > 0
+    assert_identical(klip, base)
+    for row, base_row in zip(logs.rows, base_logs.rows, strict=True):
+        for key in (key for key in base_row if key.startswith("train/")):
+            assert row[key] == pytest.approx(base_row[key], rel=1e-3, abs=1e-6), key

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import python, train
+from helpers import config, python, zoo_train
 from packaging.requirements import Requirement
 
 import sb3_klip
@@ -81,13 +81,17 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         entry_points = file.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    assert {name.split("/")[0] for name in names} == {"sb3_klip", f"sb3_klip-{sb3_klip.__version__}.dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "_sb3_klip_zoo_hook.py",
+        "sb3_klip",
+        f"sb3_klip-{sb3_klip.__version__}.dist-info",
+    }
     assert {"sb3_klip/py.typed", "sb3_klip/hyperparams/klip_ppo.yml", "sb3_klip/hyperparams/paper.yml"} <= names
     modules = {f"sb3_klip/{path.relative_to(ROOT / 'sb3_klip')}" for path in (ROOT / "sb3_klip").rglob("*.py")}
     assert modules <= names
     # Nothing else may run when Python or torch starts.
     assert not any(name.endswith(".pth") for name in names)
-    assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "sb3_klip._zoo_hook:watch_for_zoo"]
+    assert entry_points.split() == ["[torch.backends]", "sb3_klip", "=", "_sb3_klip_zoo_hook:watch_for_zoo"]
 
 
 def test_wheel_is_found_with_its_data(installed, tmp_path):
@@ -110,8 +114,44 @@ print(sb3_klip.zoo.overlaid_hyperparams("ppo", "klip_ppo")["Hopper-v4"]["n_steps
 @pytest.mark.parametrize("conf", [(), ("-conf", "sb3_klip.hyperparams.paper")], ids=["tuned", "paper"])
 def test_wheel_trains_through_rl_zoo(installed, tmp_path, conf):
     update = ("-params", "n_envs:1", "n_steps:64", "n_epochs:1")
-    train("--env", "Hopper-v4", *conf, "--eval-freq", -1, "-n", 64, *update, cwd=tmp_path, env=installed)
+    zoo_train("--env", "Hopper-v4", *conf, "--eval-freq", -1, "-n", 64, *update, cwd=tmp_path, env=installed)
     assert (tmp_path / "logs" / "klip_ppo" / "Hopper-v4_1" / "Hopper-v4.zip").exists()
+
+
+# -- where commands are typed ------------------------------------------------------------------------------------------
+
+UPDATE = ("--eval-freq", -1, "-n", 16, "-params", "n_envs:1", "n_steps:16", "batch_size:16", "n_epochs:1")
+
+
+def assert_trains(cwd: Path, logs: Path, **kwargs: dict[str, str]) -> None:
+    zoo_train("--env", "Hopper-v4", "-f", logs, *UPDATE, cwd=cwd, **kwargs)
+    # The tuned hyperparameters were found.
+    assert config(logs / "klip_ppo" / "Hopper-v4_1")["vf_coef"] == 0.835671
+
+
+def test_the_wheel_works_in_a_clone(built, installed, tmp_path):
+    """There the package of the clone is found first, by ``python -m``, and its hyperparameters are in another folder."""
+    assert_trains(built / "source", tmp_path, env=installed)
+
+
+def test_the_wheel_works_in_an_empty_folder(installed, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_trains(tmp_path / "empty", tmp_path, env=installed)
+
+
+def test_an_editable_installation_works_in_its_clone(tmp_path):
+    assert_trains(ROOT, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["surrogate", "coefficients", "divergence"])
+def test_the_mathematics_need_no_sb3(module, tmp_path):
+    code = f"import sys, sb3_klip.{module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    imported = set(python("-c", code, cwd=tmp_path).stdout.split())
+    assert "torch" in imported
+    assert not {"stable_baselines3", "sb3_contrib", "rl_zoo3", "gymnasium"} & imported
+
+
+# -- versions ----------------------------------------------------------------------------------------------------------
 
 
 def test_versions_agree():

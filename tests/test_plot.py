@@ -1,16 +1,11 @@
 """Figures of coefficients and of runs."""
 
-import runpy
-import sys
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from commands import python
 from matplotlib.colors import to_rgb
 
-import sb3_klip
 from sb3_klip import KLipPPO, figures, plot
 from sb3_klip.callbacks import CSVLogCallback
 from sb3_klip.plot import beta, distribution, gradient, gradient_multiplier, landscape, main, read_coefficient, read_log
@@ -307,29 +302,3 @@ def test_help_has_examples_that_work(capsys, run, monkeypatch):
     replaced = {"my_run": str(run), "my_package.my_module:my_function": "own_module:half"}
     for example in examples:
         assert main([replaced.get(word, word) for word in example]) == 0
-
-
-def test_interrupt_is_quiet(monkeypatch, capsys):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(plot, "gradient", interrupted)
-    assert main(["gradient"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
-def test_as_a_command(tmp_path):
-    completed = python("-m", "sb3_klip.plot", "gradient", "step", "--size", "column", cwd=tmp_path)
-    assert (completed.stdout.split(), completed.stderr) == (["gradient.svg", "gradient.png"], "")
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_missing_extra_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "seaborn", None)
-    monkeypatch.delitem(sys.modules, "sb3_klip.figures")
-    monkeypatch.delattr(sb3_klip, "figures")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("sb3_klip.plot", run_name="__main__")
-    assert ended.value.code == 2
-    expected = 'Figures need seaborn, which is not installed: pip install "sb3-klip[plots]"\n'
-    assert capsys.readouterr() == ("", expected)

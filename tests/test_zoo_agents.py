@@ -1,7 +1,5 @@
 """RL Zoo with trained agents: trained further, resumed after a kill, played, and taken to the hub and back."""
 
-import argparse
-import base64
 import contextlib
 import importlib
 import io
@@ -12,53 +10,37 @@ import re
 import runpy
 import shutil
 import sys
-import types
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 import yaml
-from commands import config, python, train
+from checkpoint_files import gym_era, saved_statistics
 from gymnasium import spaces
+from helpers import assert_identical, config, python, zoo_here, zoo_train
 from huggingface_sb3 import EnvironmentName
-from identity_helpers import assert_identical
 from requests.exceptions import HTTPError
-from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_model_path
 from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_klip import KLipPPO, ResumableCheckpointCallback, zoo
-from sb3_klip.checkpoint import Checkpoint
+from sb3_klip import KLipPPO, zoo
+from sb3_klip.checkpoints.file import Checkpoint
 
 # Four short rollouts and updates: these tests are about what lies around them.
 RUN = ("--num-threads", 1, "--seed", 0, "-n", 256)
 SMALL_UPDATE = ("n_envs:1", "n_steps:64", "batch_size:32", "n_epochs:1")
 SILENT = ("--eval-freq", -1)
 REPORT = "The loaded agent's deterministic return over 20 episodes: "
-
-
-def zoo_here(script: str, *arguments: object, cwd: Path) -> str:
-    """A script of RL Zoo in this process, as importing it takes longer than it runs; returns what it prints."""
-    zoo.register()
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [f"rl_zoo3.{script}", *map(str, arguments)])
-        getattr(importlib.import_module(f"rl_zoo3.{script}"), script)()
-    return output.getvalue()
 
 
 def train_here(*arguments: object, cwd: Path, algo: str = "klip_ppo") -> str:
@@ -77,17 +59,6 @@ def files(folder: Path) -> set[Path]:
     return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
-@pytest.fixture(autouse=True)
-def _generators() -> Iterator[None]:
-    """Training in this process seeds them."""
-    state = random.getstate(), np.random.get_state(), th.get_rng_state()
-    yield
-    random.setstate(state[0]), np.random.set_state(state[1]), th.set_rng_state(state[2])
-
-
-# -- agents of plain PPO, of today and from the days of gym ------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def ppo_agent(tmp_path_factory) -> Path:
     """A folder with an agent of plain ``ppo`` for Hopper-v4, with statistics; nothing writes to it."""
@@ -98,72 +69,8 @@ def ppo_agent(tmp_path_factory) -> Path:
     return cwd
 
 
-_randomstate_ctor = np.random._pickle.__randomstate_ctor
-
-
-class _RandomState:
-    """Pickled as numpy 1 pickled its RandomState."""
-
-    def __reduce__(self) -> Any:
-        return _randomstate_ctor, ("MT19937",), np.random.RandomState(0).get_state(legacy=False)
-
-
-def _of_gym(space: spaces.Box) -> Any:
-    """A box of gym, with the attributes that it had in 2021."""
-    box = sys.modules["gym.spaces.box"].Box()
-    attributes = ("dtype", "shape", "low", "high", "bounded_below", "bounded_above")
-    vars(box).update({name: getattr(space, name) for name in attributes})
-    box._np_random = _RandomState() if space.shape == (3,) else None  # that of actions has drawn some
-    return box
-
-
-def _old_pickle(value: Any) -> bytes:
-    # In this protocol, names are lines of text.
-    return pickle.dumps(value, protocol=3).replace(b"cnumpy._core.", b"cnumpy.core.")
-
-
-def make_gym_era(folder: Path, env_id: str) -> None:
-    """Rewrite an agent of ``ppo`` as RL Zoo would have saved it in 2021, with gym, Python 3.7 and numpy 1."""
-    modules = {name: types.ModuleType(name) for name in ("gym", "gym.spaces", "gym.spaces.box")}
-    modules["gym.spaces.box"].Box = type("Box", (), {"__module__": "gym.spaces.box"})
-
-    def constant(wrong: float) -> Callable[[float], float]:
-        # Were bytecode of another Python run, it would show.
-        return lambda _: wrong
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-
-        file = folder / env_id / "vecnormalize.pkl"
-        env = make_vec_env("Hopper-v4")
-        normalization = VecNormalize.load(str(file), env)
-        for name in ("observation_space", "action_space"):
-            setattr(normalization, name, _of_gym(getattr(normalization, name)))
-        file.write_bytes(_old_pickle(normalization))
-        assert b"cgym.spaces.box\nBox\n" in file.read_bytes()
-        assert b"cnumpy.core." in file.read_bytes()
-
-        archive = folder / f"{env_id}.zip"
-        with zipfile.ZipFile(archive) as opened:
-            members = {name: opened.read(name) for name in opened.namelist()}
-        data = json.loads(members["data"])
-        for newer in ("normalize_advantage", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"):
-            del data[newer]
-        replaced = {
-            "observation_space": _old_pickle(_of_gym(env.observation_space)),
-            "action_space": _old_pickle(_of_gym(env.action_space)),
-            **{name: cloudpickle.dumps(constant(123.0)) for name in ("learning_rate", "lr_schedule", "clip_range")},
-        }
-        for name, serialized in replaced.items():
-            data[name] = {":type:": "gone", ":serialized:": base64.b64encode(serialized).decode()}
-        members["data"] = json.dumps(data).encode()
-        members["system_info.txt"] = b"OS: Linux\nPython: 3.7.10\nStable-Baselines3: 1.3.1a2\nNumpy: 1.21.3\nGym: 0.19.0\n"
-        members["_stable_baselines3_version"] = b"1.3.1a2"
-        with zipfile.ZipFile(archive, "w") as opened:
-            for name, content in members.items():
-                opened.writestr(name, content)
-    assert "gym" not in sys.modules
+#: Attributes that models did not have in 2021.
+NEWER = ("normalize_advantage", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size")
 
 
 @pytest.fixture(scope="module")
@@ -176,13 +83,12 @@ def gym_era_agent(ppo_agent, tmp_path_factory) -> Path:
         if env_id != "Hopper-v4":
             (folder / "Hopper-v4").rename(folder / env_id)
             (folder / "Hopper-v4.zip").rename(folder / f"{env_id}.zip")
-        make_gym_era(folder, env_id)
+        archive, file = folder / f"{env_id}.zip", folder / env_id / "vecnormalize.pkl"
+        archive.write_bytes(gym_era(archive.read_bytes(), "0.17", **dict.fromkeys(NEWER)))
+        saved_statistics(VecNormalize.load(str(file), make_vec_env("Hopper-v4")), file, "0.17")
     # Processes that start here find no gym, wherever these tests run.
     (cwd / "gym.py").write_text("raise ImportError('there is no gym here')\n")
     return cwd
-
-
-# -- training further --------------------------------------------------------------------------------------------------
 
 
 class Continued(NamedTuple):
@@ -213,14 +119,8 @@ def silent(ppo_agent, tmp_path_factory) -> Continued:
 def reported(ppo_agent, tmp_path_factory) -> Continued:
     """The same with RL Zoo's default evaluation, as a process."""
     out = tmp_path_factory.mktemp("reported")
-    completed = train(*further("logs/ppo/Hopper-v4_1/Hopper-v4.zip", out=out), cwd=ppo_agent)
+    completed = zoo_train(*further("logs/ppo/Hopper-v4_1/Hopper-v4.zip", out=out), cwd=ppo_agent)
     return Continued(out / "klip_ppo" / "Hopper-v5_1", completed.stdout, completed.stderr)
-
-
-def test_versions_of_the_environment_have_the_same_spaces():
-    old, new = gym.make("Hopper-v4"), gym.make("Hopper-v5")
-    assert old.observation_space == new.observation_space
-    assert old.action_space == new.action_space
 
 
 def expected_report(ppo_agent: Path) -> str:
@@ -336,7 +236,7 @@ def test_the_report_changes_nothing_even_where_playing_draws_what_training_draws
 
 
 def test_an_agent_from_the_days_of_gym_is_trained_further(ppo_agent, gym_era_agent, silent, tmp_path):
-    completed = train(*further("old/ppo/Hopper-v3_1/Hopper-v3.zip", out=tmp_path), cwd=gym_era_agent)
+    completed = zoo_train(*further("old/ppo/Hopper-v3_1/Hopper-v3.zip", out=tmp_path), cwd=gym_era_agent)
     run = Continued(tmp_path / "klip_ppo" / "Hopper-v5_1", completed.stdout, completed.stderr)
     assert "Loading saved VecNormalize stats: old/ppo/Hopper-v3_1/Hopper-v3/vecnormalize.pkl" in run.output
     assert expected_report(ppo_agent) in run.output
@@ -347,14 +247,11 @@ def test_an_agent_from_the_days_of_gym_is_trained_further(ppo_agent, gym_era_age
     assert_identical(run.model, silent.model)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
 def test_an_agent_of_another_algorithm_on_the_command_line(tmp_path):
     train_here("--env", "CartPole-v1", *RUN, *SILENT, "-params", "n_envs:1", cwd=tmp_path, algo="a2c")
     agent = "logs/a2c/CartPole-v1_1/CartPole-v1.zip"
     before = files(tmp_path)
-    completed = train("--env", "CartPole-v1", *RUN, "-i", agent, cwd=tmp_path, status=1)
+    completed = zoo_train("--env", "CartPole-v1", *RUN, "-i", agent, cwd=tmp_path, status=1)
     message = f"ValueError: '{agent}' is a checkpoint of A2C, by .* KLipPPO loads those of PPO"
     assert re.match(message, completed.stderr.splitlines()[-1])
     assert files(tmp_path) == before
@@ -421,9 +318,6 @@ def test_an_agent_with_another_action_space(tmp_path):
         del gym.registry["OtherActions-v0"]
 
 
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     """A run with a checkpoint every 100 steps, which are not whole rollouts."""
@@ -469,38 +363,6 @@ def test_checkpoints_of_ppo_are_those_of_sb3(tmp_path):
     assert names(folder, "rl_model_*") == {"rl_model_100_steps.zip", "rl_model_200_steps.zip"}
     assert Checkpoint.read(folder / "rl_model_100_steps.zip").resume is None
 
-
-@pytest.mark.parametrize(
-    ("algo", "expected"),
-    [
-        ("klip_ppo", ResumableCheckpointCallback),
-        ("klip_ppo_lstm", ResumableCheckpointCallback),
-        ("ppo", CheckpointCallback),
-        ("ppo_lstm", CheckpointCallback),
-        ("a2c", CheckpointCallback),
-        ("sac", CheckpointCallback),
-    ],
-)
-def test_callbacks_of_the_manager(tmp_path, algo, expected):
-    zoo.register()
-    env_id = "Pendulum-v1" if algo == "sac" else "CartPole-v1"
-    manager = ExperimentManager(
-        argparse.Namespace(), algo, env_id, str(tmp_path), eval_freq=-1, save_freq=100, hyperparams={"n_envs": 4}
-    )
-    hyperparams, _ = manager.read_hyperparameters()
-    _, _, manager.callbacks, _ = manager._preprocess_hyperparams(hyperparams)
-    users = CheckpointCallback(10, str(tmp_path))
-    manager.callbacks = [users]
-    manager.create_callbacks()
-    first, second = manager.callbacks
-    assert first is users
-    assert type(second) is expected
-    # As RL Zoo asks for: every so many steps of all environments together.
-    assert (second.save_freq, second.save_path, second.name_prefix) == (25, manager.save_path, "rl_model")
-    assert second.save_vecnormalize is (expected is ResumableCheckpointCallback)
-
-
-# -- resuming ----------------------------------------------------------------------------------------------------------
 
 # Counts the steps of the environment, and kills the process as nobody can prevent, in the middle of a rollout.
 WATCHED_PY = """
@@ -548,10 +410,10 @@ def resumed(tmp_path_factory) -> Resumed:
     (cwd / "watched.py").write_text(WATCHED_PY)
     train_here(*HOPPER, "--seed", 3, "-f", "reference", *HOPPER_UPDATE, cwd=cwd)
     watched = (*HOPPER, "--gym-packages", "watched")
-    train(*watched, "--seed", 3, "-f", "killed", *HOPPER_UPDATE, cwd=cwd, env={"KILLED_AT": "420"}, status=-9)
+    zoo_train(*watched, "--seed", 3, "-f", "killed", *HOPPER_UPDATE, cwd=cwd, env={"KILLED_AT": "420"}, status=-9)
     assert not (cwd / "steps.txt").exists()
     checkpoint = "killed/klip_ppo/Hopper-v4_1/rl_model_320_steps.zip"
-    completed = train(*watched, "-i", checkpoint, "-f", "resumed", "-params", "resume:True", cwd=cwd)
+    completed = zoo_train(*watched, "-i", checkpoint, "-f", "resumed", "-params", "resume:True", cwd=cwd)
     return Resumed(cwd, completed.stdout, completed.stderr, int((cwd / "steps.txt").read_text()))
 
 
@@ -722,9 +584,6 @@ def test_the_environment_to_evaluate_on_keeps_its_arguments(resumed_twice, run):
     assert re.search(r"^eval_env_kwargs=\{'sutton_barto_reward': True\}$", resumed_twice[run], re.MULTILINE)
 
 
-# -- playing -----------------------------------------------------------------------------------------------------------
-
-
 def play_options(algo: str, folder: str) -> tuple[object, ...]:
     return ("--algo", algo, "--env", "Hopper-v4", "-f", folder, "--no-render", "-n", 400)
 
@@ -791,9 +650,6 @@ def test_with_an_agent_of_ours_a_wrong_number_is_an_error(tmp_path):
         assert "No agent of" not in output
 
 
-# -- the hub, without a network ----------------------------------------------------------------------------------------
-
-
 class _Hub:
     """Takes the place of HfApi, and keeps what is uploaded."""
 
@@ -807,17 +663,6 @@ class _Hub:
 
     def upload_folder(self, **upload: Any) -> None:
         self.uploads.append(upload)
-
-
-def supply_generate_metadata(patch: pytest.MonkeyPatch) -> None:
-    """
-    What RL Zoo 2.9.2 imports from huggingface_sb3, and its release 3.2 does not have.
-
-    Without it no algorithm can be pushed, which test_scripts_for_the_hub_know_our_algorithms shows; the rest is tested still.
-    """
-    module = importlib.import_module("huggingface_sb3.push_to_hub")
-    if not hasattr(module, "generate_metadata"):
-        patch.setattr(module, "generate_metadata", lambda *args: module._generate_metadata(*args).to_dict(), raising=False)
 
 
 class Pushed(NamedTuple):
@@ -842,7 +687,6 @@ def pushed(env_id, tmp_path_factory) -> Pushed:
     arguments = ("--algo", "klip_ppo", "--env", env_id, "-f", "logs", "-orga", "someone", "--no-render", "-m", "My agent")
     uploads: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        supply_generate_metadata(patch)
         patch.setattr("huggingface_hub.HfApi", type("Hub", (_Hub,), {"uploads": uploads}))
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["rl_zoo3.push_to_hub", *arguments])

@@ -1,4 +1,4 @@
-"""What the benchmarks share: things are timed in turn, so that whatever else the machine does slows all of them alike."""
+"""What the timings share: things are timed in turn, so that whatever else the machine does slows all of them alike."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch as th
 
 
 def parser(description: str | None, repeats: int) -> argparse.ArgumentParser:
-    """Options that all benchmarks have."""
+    """Options that all timings have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--repeats", type=int, default=repeats, help="how often each is timed (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")

@@ -1,8 +1,8 @@
 """
 Frames per second and peak memory of whole training runs, each in a process of its own, in turn.
 
-    python benchmarks/end_to_end.py
-    python benchmarks/end_to_end.py --sbx-python sbx/bin/python   # also SBX's PPO, from an environment that has sbx-rl
+    python timings/end_to_end.py
+    python timings/end_to_end.py --sbx-python sbx/bin/python   # also SBX's PPO, from an environment that has sbx-rl
 
 The setting is the paper's, which is also SB3's default: 2048 steps, minibatches of 64, 10 epochs, two layers of 64, one
 environment. The first two rollouts, in which functions are compiled, do not count.

@@ -1,7 +1,7 @@
 """
 What the RL Zoo hook costs: ``import torch`` with it, and with torch's autoloading switched off, in processes in turn.
 
-    python benchmarks/imports.py
+    python timings/imports.py
 """
 
 import os

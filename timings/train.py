@@ -1,10 +1,10 @@
 """
 Time ``train()`` of PPO and KLipPPO on the same filled rollout buffer, in one process, in turn.
 
-    python benchmarks/train.py                  # two settings: 64-64 networks with minibatches of 64, and 256-256 with 32
-    python benchmarks/train.py --compile        # with torch.compile, too
-    python benchmarks/train.py --grid           # over sizes of rollout, minibatch, network and observation, and a CNN
-    python benchmarks/train.py --coefficients   # every coefficient
+    python timings/train.py                  # two settings: 64-64 networks with minibatches of 64, and 256-256 with 32
+    python timings/train.py --compile        # with torch.compile, too
+    python timings/train.py --grid           # over sizes of rollout, minibatch, network and observation, and a CNN
+    python timings/train.py --coefficients   # every coefficient
 
 Prints the median time per minibatch, and the median and quartiles of PPO's time over each of the others'.
 """

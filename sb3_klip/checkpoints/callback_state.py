@@ -1,11 +1,12 @@
 """What callbacks remember, so that a resumed run goes on with it: best returns so far, evaluations, counters."""
 
-import copy
+import hashlib
 import inspect
 import pathlib
+import pickle
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,31 +18,55 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, pathlib.PurePath, n
 #: What a callback is given anew by each call of ``learn``.
 _GIVEN = ("model", "logger", "locals", "globals", "parent", "training_env")
 
+#: What every callback counts.
+_COUNTERS = ("n_calls", "num_timesteps")
 
-def callbacks_of(callback: BaseCallback) -> Iterator[BaseCallback]:
+
+def callbacks_of(callback: BaseCallback) -> list[BaseCallback]:
     """
     A callback and those that it calls, in a fixed order: members of lists, and what event callbacks have as attributes.
 
     :param callback: as ``learn`` uses it
+    :return: each of them once
     """
-    yield callback
-    children = callback.callbacks if isinstance(callback, CallbackList) else vars(callback).values()
-    for child in children:
-        if isinstance(child, BaseCallback) and child is not callback.parent:
-            yield from callbacks_of(child)
+    found: dict[int, BaseCallback] = {}
+
+    def visit(each: BaseCallback) -> None:
+        if id(each) not in found:
+            found[id(each)] = each
+            for child in each.callbacks if isinstance(each, CallbackList) else vars(each).values():
+                if isinstance(child, BaseCallback) and child is not each.parent:
+                    visit(child)
+
+    visit(callback)
+    return list(found.values())
 
 
-def plain_state(callback: BaseCallback) -> list[dict[str, Any]]:
+def plain_state(callback: BaseCallback) -> dict[str, Any]:
     """
-    The plain data of each callback: numbers, texts, arrays, and collections of them.
+    The plain data of one callback: numbers, texts, arrays, and collections of them.
+
+    :param callback: the callback
+    """
+    return {name: value for name, value in vars(callback).items() if name not in _GIVEN and _is_plain(value)}
+
+
+def fingerprints(callback: BaseCallback) -> dict[int, dict[str, bytes]]:
+    """
+    What to tell by, later on, which data has changed, without a copy of it: callbacks may hold much.
 
     :param callback: as ``learn`` uses it
-    :return: a dictionary of attributes for each of :func:`callbacks_of`, a copy
+    :return: a digest of each attribute that is plain data, by the id of each of :func:`callbacks_of`
     """
-    return [
-        copy.deepcopy({name: value for name, value in vars(each).items() if name not in _GIVEN and _is_plain(value)})
-        for each in callbacks_of(callback)
-    ]
+    return {id(each): {name: _digest(value) for name, value in plain_state(each).items()} for each in callbacks_of(callback)}
+
+
+def _digest(value: Any) -> bytes:
+    buffers: list[pickle.PickleBuffer] = []
+    digest = hashlib.blake2b(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))
+    for buffer in buffers:
+        digest.update(buffer.raw())
+    return digest.digest()
 
 
 def _is_plain(value: Any) -> bool:
@@ -52,7 +77,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)
 
 
-def remembered(callback: BaseCallback, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def remembered(callback: BaseCallback, before: dict[int, dict[str, bytes]]) -> list[dict[str, Any]]:
     """
     What a checkpoint keeps of callbacks.
 
@@ -60,17 +85,19 @@ def remembered(callback: BaseCallback, before: list[dict[str, Any]]) -> list[dic
     only kept if the callback has changed it.
 
     :param callback: as ``learn`` uses it
-    :param before: :func:`plain_state` when ``learn`` began
-    :return: for each of :func:`callbacks_of`, its type, what it remembers, and names of attributes that cannot be kept
+    :param before: :func:`fingerprints` when ``learn`` began
+    :return: for each of :func:`callbacks_of`, its type, what it remembers, whether it has learned anything since ``learn``
+        began, and names of attributes that cannot be kept
     """
     kept = []
-    for each, state, initial in zip(callbacks_of(callback), plain_state(callback), before, strict=True):
-        given = inspect.signature(type(each)).parameters
-        state = {
-            name: value for name, value in state.items() if name not in given or not _same(value, initial.get(name, value))
-        }
+    for each in callbacks_of(callback):
+        given, state = inspect.signature(type(each)).parameters, plain_state(each)
+        initial = before.get(id(each), {})
+        changed = {name for name, value in state.items() if _digest(value) != initial.get(name)}
+        state = {name: value for name, value in state.items() if name not in given or name in changed}
         left = [name for name, value in vars(each).items() if name not in _GIVEN and name not in given and _is_lost(value)]
-        kept.append({"type": type(each).__qualname__, "state": state, "left": left})
+        has_learned = any(name not in _COUNTERS and not name.startswith("_") for name in changed)
+        kept.append({"type": type(each).__qualname__, "state": state, "has_learned": has_learned, "left": left})
     return kept
 
 
@@ -81,42 +108,32 @@ def _is_lost(value: Any) -> bool:
     return not (_is_plain(value) or is_connection or nested)
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, (np.ndarray, th.Tensor)) or isinstance(b, (np.ndarray, th.Tensor)):
-        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
-    return bool(a == b)
-
-
 def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls: int) -> None:
     """
     Let the callbacks of a resumed run go on with what those of the interrupted one remembered.
 
-    Callbacks that are not those of the interrupted run begin anew, but count calls as if they had been there.
+    A callback goes on with what the first one of its type remembered that no other has taken. One of a type that the
+    interrupted run did not have begins anew, but counts calls as if it had been there.
 
     :param callback: as ``learn`` uses it
     :param kept: as from :func:`remembered`; empty for a checkpoint that has none
     :param calls: how often a callback would have been called if the run had not been interrupted
     """
-    now = list(callbacks_of(callback))
-    if [type(each).__qualname__ for each in now] == [each["type"] for each in kept]:
-        for each, one in zip(now, kept, strict=True):
-            vars(each).update(copy.deepcopy(one["state"]))
-        lost = [f"{one['type']}.{name}" for one in kept for name in one["left"]]
-        if lost:
-            warnings.warn(
-                f"Callbacks remember what a checkpoint cannot keep, and begin anew with it: {', '.join(lost)}", stacklevel=6
-            )
-        return
-    if kept:
-        names, earlier = (
-            [name for name in each if name != "CallbackList"]
-            for each in ([type(each).__qualname__ for each in now], [each["type"] for each in kept])
-        )
+    open_, lost = list(kept), []
+    for each in callbacks_of(callback):
+        own = next((one for one in open_ if one["type"] == type(each).__qualname__), None)
+        if own is not None:
+            open_.remove(own)
+            vars(each).update(own["state"])
+            lost += [f"{own['type']}.{name}" for name in own["left"]]
+        elif each.n_calls == 0:
+            each.n_calls = calls
+    if lost:
         warnings.warn(
-            f"The callbacks are not those of the run that is resumed, so they begin anew: {', '.join(names) or 'none'} "
-            f"instead of {', '.join(earlier) or 'none'}",
+            f"Callbacks begin anew with what a checkpoint cannot keep, as it is no plain data: {', '.join(lost)}", stacklevel=6
+        )
+    if gone := [one["type"] for one in open_ if one["has_learned"]]:
+        warnings.warn(
+            f"Callbacks of the run that is resumed are missing, and what they remembered is lost: {', '.join(gone)}",
             stacklevel=6,
         )
-    for each in now:
-        if each.n_calls == 0:
-            each.n_calls = calls

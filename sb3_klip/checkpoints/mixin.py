@@ -14,7 +14,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 
 from sb3_klip.checkpoints.arguments import LoadArguments
-from sb3_klip.checkpoints.callback_state import continue_callbacks, plain_state
+from sb3_klip.checkpoints.callback_state import continue_callbacks, fingerprints
 from sb3_klip.checkpoints.file import FORMAT, RESUME, Checkpoint
 from sb3_klip.checkpoints.parameters import check_parameters, plain_names
 from sb3_klip.checkpoints.resuming import Boundary, read_state, restore_state
@@ -37,9 +37,9 @@ class Checkpoints(OnPolicyAlgorithm):
     _at_boundaries: tuple[Callable[[], None], ...] = ()
     # What a resumed run goes on with when learning begins, in a model that was loaded with resume=True.
     _resuming: dict[str, Any] | None = None
-    # The callbacks of the running call of learn, and their plain data when it began.
+    # The callbacks of the running call of learn, and of what their data was when it began.
     _callback: BaseCallback | None = None
-    _callback_state: list[dict[str, Any]] | None = None
+    _fingerprints: dict[int, dict[str, bytes]] | None = None
     # Steps at which the running call of learn began to count.
     _first_timestep: int = 0
 
@@ -105,7 +105,7 @@ class Checkpoints(OnPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._callback, self._callback_state = callback, plain_state(callback)
+        self._callback, self._fingerprints = callback, fingerprints(callback)
         if resuming is not None:
             continue_callbacks(callback, resuming["callbacks"], self.num_timesteps // self.n_envs)
         return total_timesteps, callback
@@ -128,7 +128,7 @@ class Checkpoints(OnPolicyAlgorithm):
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        private = ["_boundary", "_at_boundaries", "_resuming", "_callback", "_callback_state", "_beta", "update_beta"]
+        private = ["_boundary", "_at_boundaries", "_resuming", "_callback", "_fingerprints", "_beta", "update_beta"]
         return [*super()._excluded_save_params(), *private]
 
     def save(
@@ -173,7 +173,9 @@ class Checkpoints(OnPolicyAlgorithm):
         if path.is_dir():
             path = path.with_name(f"{path.name}_2")
             warnings.warn(f"A folder has the name of the file to save, so it is saved to {path}", stacklevel=2)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            warnings.warn(f"Path '{path.parent}' does not exist. Will create it.", stacklevel=2)
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue())
 
     @classmethod

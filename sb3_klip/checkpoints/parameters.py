@@ -5,6 +5,8 @@ from typing import Any
 
 import torch as th
 
+from sb3_klip.errors import ArchitectureError
+
 #: What optimizers remember of a parameter in its own shape; some, such as Adafactor, have other shapes as well.
 _LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "momentum_buffer")
 
@@ -26,7 +28,7 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
     :param policy: the policy that they are for
     :param name: what to call them in messages
     :param exact: whether all parameters must be there
-    :raises ValueError: naming the parameters that do not fit, with both shapes
+    :raises ArchitectureError: naming the parameters that do not fit, with both shapes
     """
     given, own = parameters.get("policy", {}), policy.state_dict()
     problems = [
@@ -43,7 +45,7 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
     problems += _moments_that_do_not_fit(parameters.get("policy.optimizer"), policy)
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(
+        raise ArchitectureError(
             f"{name} holds the parameters of a policy of another architecture than this {type(policy).__name__}: "
             f"{'; '.join(problems[:4])}{more}. Make the model with the policy and policy_kwargs that the file's had."
         )

@@ -252,7 +252,7 @@ def read_state(model: Any) -> bytes:
         "generators": boundary.generators or read_generators(),
         "model": {name: getattr(model, name) for name in _MODEL_STATE if hasattr(model, name)},
         "env": EnvState.read(model.env)._asdict(),
-        "callbacks": [] if model._callback is None else remembered(model._callback, model._callback_state),
+        "callbacks": [] if model._callback is None else remembered(model._callback, model._fingerprints),
     }
     return cloudpickle.dumps(state)
 

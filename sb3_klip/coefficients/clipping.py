@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch as th
 
-from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive
+from sb3_klip.coefficients.parameters import Interval, NonNegative
 from sb3_klip.coefficients.registry import register
 
 
@@ -97,32 +97,3 @@ def dual_clip(
     :return: removal
     """
     return step(ratio, advantages, clip_range).masked_fill((advantages < 0) & (ratio > bound), 1.0)
-
-
-@register(
-    "none",
-    formula="0; with ratio_deviation, the epochs end once the mean of |w - 1| exceeds it",
-    source="ESPO, arXiv 2202.00079, whose ratio_deviation is 0.25",
-    espo={"ratio_deviation": 0.25},
-)
-class Unclipped:
-    """
-    The importance-weighted surrogate with no trust region; with ``ratio_deviation``, one that stops early.
-
-    :param ratio_deviation: bound on the mean of ``|w - 1|`` over a minibatch; None for no early stopping
-    """
-
-    def __call__(
-        self,
-        ratio: th.Tensor,
-        advantages: th.Tensor,
-        clip_range: float | th.Tensor,
-        *,
-        ratio_deviation: Positive | None = None,
-    ) -> th.Tensor:
-        """Removal of each sample."""
-        return th.zeros_like(ratio)
-
-    def stop(self, ratio: th.Tensor, *, ratio_deviation: float | None) -> bool:
-        """Whether the ratios of a minibatch deviate too far."""
-        return ratio_deviation is not None and (ratio - 1).abs().mean().item() > ratio_deviation

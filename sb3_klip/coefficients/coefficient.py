@@ -66,6 +66,14 @@ class Coefficient:
         """Whether the rollout policy's distribution is needed in every minibatch."""
         return "kl" in self.requests or self.estimator == "analytic"
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is one of this package's, and its removal and weight depend on nothing but tensors that it is given."""
+        own = getattr(self.function, "__module__", "").startswith("sb3_klip.")
+        numbers = all(isinstance(value, (int, float, str, type(None))) for value in self.settings.values())
+        scheduled = any(isinstance(value, str) and value.startswith("lin_") for value in self.settings.values())
+        return own and numbers and not scheduled and not self.learns and "progress" not in self.requests
+
     def set_progress(self, progress_remaining: float) -> None:
         """
         Bring scheduled parameters up to date.

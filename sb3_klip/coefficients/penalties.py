@@ -105,7 +105,7 @@ def fixed(
 @register(
     "adaptive",
     "ppo_adaptive_kl",
-    formula="b, times factor after a rollout with KL > 1.5 kl_target, divided by it below kl_target / 1.5",
+    formula="b times factor after a rollout with KL > 1.5 kl_target, divided by it below kl_target / 1.5",
     source="PPO with an adaptive KL penalty, arXiv 1707.06347, eq. 8; the target 0.02 is ε²/2",
     search={"kl_target": (0.003, 0.1)},
 )

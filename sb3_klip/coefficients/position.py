@@ -27,6 +27,10 @@ class Product(Coefficient):
         self.requests = tuple(dict.fromkeys(factor.requests + base.requests))
         self.estimator, self.needs_clip_range, self.learns = base.estimator, base.needs_clip_range, base.learns
 
+    @property
+    def is_constant(self) -> bool:
+        return self.base.is_constant and self.factor.is_constant
+
     def set_progress(self, progress_remaining: float) -> None:
         self.base.set_progress(progress_remaining)
         self.factor.set_progress(progress_remaining)

@@ -77,10 +77,10 @@ def register(
             if word in _WORDS and _qualified_name(_WORDS[word].function) != _qualified_name(function):
                 raise ValueError(f"the coefficient name {word!r} is already taken")
         _WORDS.update(dict.fromkeys((name, *preset_aliases), entry))
-        if formula or source:
-            first, *rest = (inspect.getdoc(function) or "").split("\n\n")
-            facts = [f"{'Weight' if formula.startswith('b') else 'Removal'}: {formula}.", f"Source: {source}."]
-            function.__doc__ = "\n\n".join([first, " ".join(facts), *rest])
+        what = "Weight" if formula.startswith("b ") else "Removal"
+        facts = [f"{what}: ``{formula}``." if formula else "", f"Source: {source}." if source else ""]
+        first, *rest = (inspect.getdoc(function) or "").split("\n\n")
+        function.__doc__ = "\n\n".join(filter(None, [first, " ".join(filter(None, facts)), *rest])) or None
         return function
 
     return decorate

@@ -1,9 +1,38 @@
-"""Coefficients that weigh every sample anew, with no bound."""
+"""Coefficients with no bound on the ratio, which weigh every sample in the same way."""
 
 import torch as th
 
 from sb3_klip.coefficients.parameters import Fraction, Positive, constant_like
 from sb3_klip.coefficients.registry import register
+
+
+@register(
+    "none",
+    formula="0; with ratio_deviation, the epochs end once the mean of |w - 1| exceeds it",
+    source="ESPO, arXiv 2202.00079, whose ratio_deviation is 0.25",
+    espo={"ratio_deviation": 0.25},
+)
+class Unclipped:
+    """
+    The importance-weighted surrogate with no trust region; with ``ratio_deviation``, one that stops early.
+
+    :param ratio_deviation: bound on the mean of ``|w - 1|`` over a minibatch; None for no early stopping
+    """
+
+    def __call__(
+        self,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        clip_range: float | th.Tensor,
+        *,
+        ratio_deviation: Positive | None = None,
+    ) -> th.Tensor:
+        """Removal of each sample."""
+        return th.zeros_like(ratio)
+
+    def stop(self, ratio: th.Tensor, *, ratio_deviation: float | None) -> bool:
+        """Whether the ratios of a minibatch deviate too far."""
+        return ratio_deviation is not None and (ratio - 1).abs().mean().item() > ratio_deviation
 
 
 @register("smoothing", "pspo", formula="alpha", source="PSPO, arXiv 2509.21282", search={"alpha": (0.01, 0.5)})

@@ -1,16 +1,14 @@
 """The update compiled by ``torch.compile``: twice as fast as PPO's, equal up to rounding, and no longer bit for bit."""
 
 import inspect
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
-from torch.distributions import Distribution
 
 from sb3_klip.errors import did_you_mean
+from sb3_klip.fast.validation import unvalidated_distributions
 
 # By model, so that a copy of a model, or one that is pickled, does not carry the other's.
 _COMPILED: "weakref.WeakKeyDictionary[Any, Callable[..., Any]]" = weakref.WeakKeyDictionary()
@@ -78,32 +76,3 @@ def check_compile(options: bool | dict[str, Any]) -> None:
                 "compile=True needs a C++ compiler, and torch finds none: install g++ (or clang, or name one in the "
                 "environment variable CXX), or leave compile out. The update is then slower, and bit-identical to PPO's."
             ) from error
-
-
-class _Validation:
-    """How many updates in this process want the parameters of distributions unchecked, and what to put back afterwards."""
-
-    lock = threading.Lock()
-    users = 0
-    before = True
-
-
-@contextmanager
-def unvalidated_distributions() -> Iterator[None]:
-    """
-    While this lasts, torch's distributions do not look for NaN in their parameters, which compiled code cannot do.
-
-    The switch is the process's. It is put back when the last of several threads leaves.
-    """
-    with _Validation.lock:
-        if _Validation.users == 0:
-            _Validation.before = Distribution._validate_args
-            Distribution.set_default_validate_args(False)
-        _Validation.users += 1
-    try:
-        yield
-    finally:
-        with _Validation.lock:
-            _Validation.users -= 1
-            if _Validation.users == 0:
-                Distribution.set_default_validate_args(_Validation.before)

@@ -8,7 +8,8 @@ import torch as th
 from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-Step = Callable[[th.Tensor], th.Tensor]
+#: Takes the loss, or the gradients of all parameters.
+Step = Callable[[Any], th.Tensor]
 
 #: Above this many numbers, arithmetic takes the time, and not the calls: fewer of them would only cost memory.
 _LARGE = 500_000
@@ -19,7 +20,7 @@ def optimizer_step(
     optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter], max_grad_norm: float, fused: bool = False
 ) -> Iterator[Step]:
     """
-    How to take the steps of an update: a function of the loss, which returns the norm of the gradient before it is clipped.
+    How to take the steps of an update: a function of the loss, or of the gradients, which returns their norm before clipping.
 
     Adam steps on all parameters as one tensor where that has the same bits, which spares most of the calls that a small
     network's time goes into; otherwise on each, as SB3 does, but in fewer calls.
@@ -29,12 +30,18 @@ def optimizer_step(
     :param max_grad_norm: what the norm is clipped to
     :param fused: let Adam step in one call, and take the norm of the gradient in one, which rounds differently
     """
+    has_plain_zero_grad = type(optimizer).zero_grad is th.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
     one = _OneTensor(optimizer, parameters, fused) if _can_be_one_tensor(optimizer, parameters) else None
 
-    def step(loss: th.Tensor) -> th.Tensor:
+    def step(loss: th.Tensor | Sequence[th.Tensor]) -> th.Tensor:
         nonlocal one
-        optimizer.zero_grad()
-        loss.backward()
+        if isinstance(loss, th.Tensor):
+            optimizer.zero_grad()
+            loss.backward()
+        else:
+            if not has_plain_zero_grad:
+                optimizer.zero_grad()
+            _put_gradients(parameters, loss)
         if one is not None and any(parameter.grad is None for parameter in parameters):
             # Adam leaves parameters alone that the loss does not depend on.
             one.leave()
@@ -51,6 +58,15 @@ def optimizer_step(
         finally:
             if one is not None:
                 one.leave()
+
+
+def _put_gradients(parameters: Sequence[th.nn.Parameter], gradients: Sequence[th.Tensor]) -> None:
+    """Give parameters their gradients, as ``backward`` does after ``zero_grad``, and call who waits for them."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    for parameter in parameters:
+        for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+            hook(parameter)
 
 
 @contextmanager

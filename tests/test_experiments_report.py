@@ -1,9 +1,8 @@
-"""``python -m sb3_klip.experiments report``: the tables, the statistics and the figures, from results that are made up here."""
+"""The tables and statistics of a report, from results that are made up here."""
 
 import contextlib
 import io
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,48 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from rliable import metrics
+from small_suites import made_up_result, write_results
 
-from sb3_klip.experiments import paper, report
+from sb3_klip.experiments import report
 from sb3_klip.experiments.__main__ import main
-from sb3_klip.experiments.cell import PACKAGES
-from sb3_klip.experiments.folder import open_folder
-from sb3_klip.experiments.results import POINTS, Result, write_result
-from sb3_klip.experiments.suite import read_suite
-from sb3_klip.diagnostics import PERCENTILES
+from sb3_klip.experiments.results import POINTS
 
 ROOT = Path(__file__).parents[1]
-
-
-def result(task: str, method: str, seed: int, final: float, digest: str = "", first: float = 0.0) -> Result:
-    """A finished cell whose return rises in a line from ``first`` to ``final``."""
-    steps = np.linspace(0, 1000, POINTS + 1)[1:]
-    curve = pd.DataFrame({"timesteps": steps.astype(int), "episodes": 1, "return": np.linspace(first, final, POINTS)})
-    about = {"task": task, "method": method, "seed": seed, "algo": "ppo" if method == "ppo" else "klip_ppo"}
-    about |= {"hyperparams": {}, "timesteps": 1000, "episodes": POINTS, "episodes_sha256": digest or f"{task} {seed}"}
-    about |= {"final_return": final, "final_episodes": 10, "command": "python -m rl_zoo3.train …", "commit": None}
-    about |= {"versions": {"python": "3.11", **dict.fromkeys(PACKAGES, "1.0")}, "processor": "one", "seconds": 60}
-    if method != "ppo":
-        about["peak_kill_fraction"] = 0.125
-        for name in ("kill_fraction", "pass_fraction"):
-            curve[name] = np.linspace(0, 0.1, POINTS)
-        for level in PERCENTILES:
-            curve[f"beta_p{level:02}"] = (level - 50) / 50
-    return Result(about, curve)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Writes results into the folder of a suite."""
-
-    def make(results: list[Result], suite: str = "paper") -> Path:
-        folder = tmp_path / suite
-        open_folder(folder, read_suite(suite), 1)
-        for each in results:
-            about = each.about
-            write_result(folder / "results" / about["task"] / about["method"] / f"seed-{about['seed']}.csv", each)
-        return folder
-
-    return make
 
 
 def table(text: str, after: str) -> list[list[str]]:
@@ -61,10 +25,10 @@ def table(text: str, after: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
 
 
-def test_means_and_standard_deviations(make, capsys):
-    results = [result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
-    results += [result("Hopper-v4", "fixed", 0, 2616), result("CartPole-v1", "step", 0, 500)]
-    folder = make(results)
+def test_means_and_standard_deviations(tmp_path, capsys):
+    results = [made_up_result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
+    results += [made_up_result("Hopper-v4", "fixed", 0, 2616), made_up_result("CartPole-v1", "step", 0, 500)]
+    folder = write_results(tmp_path, results)
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert text in capsys.readouterr().out
@@ -75,10 +39,13 @@ def test_means_and_standard_deviations(make, capsys):
     ]
 
 
-def test_against_the_paper(make):
-    hopper = [result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
-    ant = [result("Ant-v4", "fixed", seed, final) for seed, final in enumerate((100, 110))]
-    folder = make([*hopper, *ant, result("Walker2d-v4", "adaptive", 0, 4014), result("Walker2d-v4", "step", 0, 3000)])
+def test_against_the_paper(tmp_path):
+    hopper = [made_up_result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
+    ant = [made_up_result("Ant-v4", "fixed", seed, final) for seed, final in enumerate((100, 110))]
+    folder = write_results(
+        tmp_path,
+        [*hopper, *ant, made_up_result("Walker2d-v4", "adaptive", 0, 4014), made_up_result("Walker2d-v4", "step", 0, 3000)],
+    )
     main(["report", str(folder)])
     rows = table((folder / "report.md").read_text(), "## Against the paper")
     assert rows == [
@@ -98,20 +65,14 @@ def test_peak_kill_fractions():
 
 
 @pytest.mark.parametrize(("digest", "status", "verdict"), [("same", 0, "yes"), ("other", 1, "**no**")])
-def test_identity_cell_by_cell(make, digest, status, verdict):
-    cells = [result("Hopper-v4", "step", 0, 2000, "same"), result("Hopper-v4", "step", 1, 2000, "another")]
-    folder = make([*cells, result("Hopper-v4", "ppo", 0, 2000, digest), result("CartPole-v1", "ppo", 3, 500)])
+def test_identity_cell_by_cell(tmp_path, digest, status, verdict):
+    cells = [made_up_result("Hopper-v4", "step", 0, 2000, "same"), made_up_result("Hopper-v4", "step", 1, 2000, "another")]
+    folder = write_results(
+        tmp_path, [*cells, made_up_result("Hopper-v4", "ppo", 0, 2000, digest), made_up_result("CartPole-v1", "ppo", 3, 500)]
+    )
     assert main(["report", str(folder)]) == status
     # The seed that only step has run, and the task that only PPO has, are not compared.
     assert table((folder / "report.md").read_text(), "cell by cell") == [["Hopper-v4", "0", str(POINTS), verdict]]
-
-
-def test_paper_numbers_are_those_of_the_spec():
-    assert paper.RETURNS["Humanoid-v4"]["fixed"] == (342, 31)
-    assert set(paper.RETURNS) == {cell.task for cell in read_suite("paper").cells}
-
-
-# -- statistics --------------------------------------------------------------------------------------------------------
 
 
 def frame_of(finals: dict[tuple[str, str], list[float]], first: float = 0.0) -> pd.DataFrame:
@@ -161,9 +122,11 @@ def test_runs_without_a_final_return_are_left_out_of_the_statistics():
     assert "nan" not in report._by_task(frame)
 
 
-def test_no_statistics_of_single_seeds(make):
+def test_no_statistics_of_single_seeds(tmp_path):
     assert report.score_matrices(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0]})) == ([], {})
-    folder = make([result("Hopper-v4", "step", 0, 2000), result("Hopper-v4", "fixed", 0, 2616)])
+    folder = write_results(
+        tmp_path, [made_up_result("Hopper-v4", "step", 0, 2000), made_up_result("Hopper-v4", "fixed", 0, 2616)]
+    )
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert "No cell has more than one seed yet." in text
@@ -183,71 +146,20 @@ def test_aggregates_are_rliables():
     assert low < high
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def test_figures_of_the_paper_suite(make):
-    results = [result(task, "step", seed, 2000 + 97 * seed**2) for task in ("Hopper-v4", "Ant-v4") for seed in range(5)]
-    results += [result(task, "fixed", seed, 1000 * seed) for task in ("Hopper-v4", "Ant-v4") for seed in range(5)]
-    results.append(result("Hopper-v4", "ppo", 0, 2000))
-    folder = make(results)
-    assert main(["report", str(folder)]) == 0
-    names = {"learning_curves", "ppo_and_klipppo", "partition", "beta", "performance_profiles"}
-    files = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
-    assert set(files) == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
-    for name in names:
-        assert f"(figures/{name}.svg)" in (folder / "report.md").read_text()
-    # The same results give the same files.
-    before = (folder / "report.md").read_bytes()
-    assert main(["report", str(folder)]) == 0
-    assert (folder / "report.md").read_bytes() == before
-    assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == files
-
-
-def test_ppo_beside_step_only_where_both_are(make):
-    results = [result(task, "step", 0, 2000) for task in ("Hopper-v4", "Ant-v4")]
-    folder = make([*results, result("Ant-v4", "ppo", 0, 2000, "other"), result("Hopper-v4", "ppo", 1, 2000)])
-    assert main(["report", str(folder)]) == 1
-    assert "Where PPO was not run" not in (folder / "report.md").read_text()
-    svg = (folder / "figures" / "ppo_and_klipppo.svg").read_text()
-    assert "<!-- Ant-v4 -->" in svg
-    assert "<!-- Hopper-v4 -->" not in svg
-
-
-def test_only_ppo(make):
-    folder = make([result("Hopper-v4", "ppo", 0, 2000)])
+def test_only_ppo(tmp_path):
+    folder = write_results(tmp_path, [made_up_result("Hopper-v4", "ppo", 0, 2000)])
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main(["report", str(folder)]) == 0
     assert "| Hopper-v4 | 2000 (1) |" in said.getvalue()
 
 
-def test_many_methods_have_a_column_each_against_step(make):
-    methods = ("step", "linear_ramp", "sigmoid", "soft_min", "asymmetric")
-    results = [result(task, method, 0, 2000) for task in ("Hopper-v4", "Walker2d-v4") for method in methods]
-    curves = make(results[:4], "coefficients") / "figures" / "learning_curves.svg"
-    assert main(["report", str(curves.parents[1])]) == 0
-    assert "method of the column" not in curves.read_text()
-    folder = make(results[:-1], "coefficients")  # the last panel has step only
-    assert main(["report", str(folder)]) == 0
-    texts = re.findall("<!-- (.*) -->", curves.read_text())
-    assert {"Hopper-v4", "Walker2d-v4", "method of the column", *methods} <= set(texts)
-    assert all(texts.count(method) == 1 for method in methods)  # step in the legend, the others above their columns
-
-
-def test_figures_of_sweeps(make):
-    methods = ("clip_range=0.2", "clip_range=0.1", "fixed=0.3", "fixed=1")
-    folder = make([result("CartPole-v1", method, 0, 300 + i) for i, method in enumerate(methods)], "knobs")
-    assert main(["report", str(folder)]) == 0
-    drawn = {path.stem for path in (folder / "figures").glob("*.svg")}
-    assert {"sweep_of_clip_range", "sweep_of_fixed"} <= drawn
-    assert not drawn & {"learning_curves", "partition", "beta"}  # no lines of step
-
-
-def test_a_run_without_episodes_in_its_last_tenth(make):
-    unfinished = result("Hopper-v4", "step", 0, 2000)
+def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
+    unfinished = made_up_result("Hopper-v4", "step", 0, 2000)
     unfinished.about["final_return"] = None
     unfinished.curve.loc[POINTS // 2 :, "return"] = np.nan
-    folder = make([unfinished, result("Hopper-v4", "fixed", 0, 1000), result("Hopper-v4", "step", 1, 3000)])
+    folder = write_results(
+        tmp_path, [unfinished, made_up_result("Hopper-v4", "fixed", 0, 1000), made_up_result("Hopper-v4", "step", 1, 3000)]
+    )
     assert main(["report", str(folder)]) == 0
     assert table((folder / "report.md").read_text(), "## Return in the last") == [["Hopper-v4", "3000 (1)", "1000 (1)"]]
 
@@ -262,7 +174,7 @@ def test_a_run_without_episodes_in_its_last_tenth(make):
     ],
 )
 def test_committed_report_and_the_readme_are_of_the_committed_results(tmp_path, suite, in_report, in_readme):
-    committed = ROOT / "benchmarks" / "results" / suite
+    committed = ROOT / "results" / suite
     folder = shutil.copytree(committed, tmp_path / suite, ignore=shutil.ignore_patterns("runs", "figures"))
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
@@ -271,13 +183,10 @@ def test_committed_report_and_the_readme_are_of_the_committed_results(tmp_path, 
         assert table((ROOT / "README.md").read_text(), in_readme) == table(text, in_report)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
-
-
-def test_refuses_what_is_no_suite(tmp_path, make, capsys):
+def test_refuses_what_is_no_suite(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is not the folder of a suite" in capsys.readouterr().err
-    folder = make([])
+    folder = write_results(tmp_path, [])
     assert main(["report", str(folder)]) == 2
     assert "no finished cells yet" in capsys.readouterr().err
     damaged = folder / "results" / "Hopper-v4" / "step" / "seed-0.csv"
@@ -288,8 +197,8 @@ def test_refuses_what_is_no_suite(tmp_path, make, capsys):
 
 
 @pytest.mark.parametrize("content", ["{not json", "{}", "3"])
-def test_refuses_a_damaged_description(make, capsys, content):
-    folder = make([result("Hopper-v4", "step", 0, 2000)])
+def test_refuses_a_damaged_description(tmp_path, capsys, content):
+    folder = write_results(tmp_path, [made_up_result("Hopper-v4", "step", 0, 2000)])
     (folder / "suite.json").write_text(content)
     assert main(["report", str(folder)]) == 2
     assert f"{folder / 'suite.json'} is damaged: " in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""
+Write into the pages what the code knows: the tables of coefficients, algorithms and modules. ``make tables`` runs this.
+
+A table stands in a page between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``, NAME being one of :data:`TABLES`.
+"""
+
+import ast
+import inspect
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
+from sb3_klip.coefficients.parameters import Parameter
+from sb3_klip.variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs/api").glob("*.md")),
+]
+REGION = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+CONSTANTS = """```{{eval-rst}}
+.. data:: QUANTITIES
+
+   What a coefficient may ask for by naming it as an argument, beyond ``ratio``, ``advantages`` and ``clip_range``:
+
+{quantities}
+
+.. data:: ESTIMATORS
+
+   Estimates of the KL divergence that a weight can be put on: {estimators} (:func:`sb3_klip.surrogate.kl_estimate`).
+```"""
+REFERENCE = """### {title}
+
+```{{eval-rst}}
+.. automodule:: {module}
+   :members:
+   :special-members: __call__
+```"""
+
+
+def filled(page: str) -> str:
+    """The text of a page with all its tables made anew."""
+    return REGION.sub(lambda region: f"{region[1]}\n{TABLES[region[2]]()}\n\n{region[3]}", page)
+
+
+def coefficients() -> str:
+    """Each coefficient: what it does, its parameters, other names and sources; and how many there are."""
+    rows = [
+        (f"`{e.name}`", _formula(e), ", ".join(map(_parameter, _parameters(e))), _aliases(e), _cell(e.source))
+        for module in FAMILY
+        for e in _members(module)
+    ]
+    header = ("`beta`", "removal g, or weight b", "`beta_kwargs`: default (range)", "also known as", "source")
+    return f"{_table(header, rows)}\n\nThese are {len(rows)} coefficients."
+
+
+def families() -> str:
+    """The coefficients by what they do."""
+    names = [[word for entry in _members(module) for word in (entry.name, *entry.aliases)] for module in FAMILY]
+    summaries = [inspect.getdoc(module).splitlines()[0] for module in FAMILY]  # type: ignore[union-attr]
+    return _table(("what they do", "`beta`"), zip(summaries, map(_code, names), strict=True))
+
+
+def references() -> str:
+    """A section of the API reference for each module of coefficients."""
+    names = [module.__name__ for module in FAMILY]
+    titles = [name.rpartition(".")[2].replace("_", " ").capitalize() for name in names]
+    return "\n\n".join(REFERENCE.format(title=title, module=name) for title, name in zip(titles, names, strict=True))
+
+
+def quantities() -> str:
+    """What a coefficient may ask for."""
+    return _table(("argument", "what it is"), [(f"`{name}`", _cell(text)) for name, text in QUANTITIES.items()])
+
+
+def constants() -> str:
+    """The same for the API reference, with the estimators."""
+    asked = "\n".join(f"   - ``{name}``: {text}" for name, text in QUANTITIES.items()).replace("|", "\\|")
+    return CONSTANTS.format(quantities=asked, estimators=", ".join(f'``"{name}"``' for name in ESTIMATORS))
+
+
+def variants() -> str:
+    """The algorithms, and what they stand in for."""
+    rows = [(f"`{v.name}`", f"`{v.base_package}.{v.base}`", f"`{v.zoo_name}`" if v.in_zoo else "-") for v in VARIANTS]
+    return _table(("class", "drop-in for", "in RL Zoo"), rows)
+
+
+def modules() -> str:
+    """Where things are: each package and each module with the first sentence of its docstring."""
+    return "\n".join(_listing(ROOT / "sb3_klip", "")).replace("``", "`")
+
+
+TABLES = {each.__name__: each for each in (coefficients, families, references, quantities, constants, variants, modules)}
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def _cell(text: str) -> str:
+    """A text as it stands in a table, with its papers as links."""
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text).replace("|", "\\|")
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _members(module: object) -> list[Entry]:
+    """The coefficients of a module, in its order; none that a program has registered by itself."""
+    return [entry for entry in entries() if inspect.getmodule(entry.function) is module]
+
+
+def _formula(entry: Entry) -> str:
+    """What it does, with the names of its parameters as code."""
+    names = "|".join(parameter.name for parameter in _parameters(entry))
+    return _cell(re.sub(rf"\b({names})\b", r"`\1`", entry.formula) if names else entry.formula)
+
+
+def _aliases(entry: Entry) -> str:
+    """Its further names, with what they preset."""
+    presets = [_code(f"{key}={value!r}" for key, value in given.items()) for given in entry.aliases.values()]
+    return ", ".join(f"`{a}` with {given}" if given else f"`{a}`" for a, given in zip(entry.aliases, presets, strict=True))
+
+
+def _parameters(entry: Entry) -> list[Parameter]:
+    function = entry.function.__call__ if inspect.isclass(entry.function) else entry.function
+    declared = inspect.signature(function, eval_str=True).parameters.values()
+    return [Parameter.of(argument) for argument in declared if argument.kind is argument.KEYWORD_ONLY]
+
+
+def _parameter(parameter: Parameter) -> str:
+    """Its name and default, and the values that it may take."""
+    shown = f"`{parameter.name}={parameter.default!r}`"
+    if parameter.choices:
+        return f"{shown} (or {_code(repr(choice) for choice in parameter.choices if choice != parameter.default)})"
+    if (interval := parameter.interval) is None:
+        return shown
+    if math.isinf(interval.high):
+        return f"{shown} ({'>' if interval.low_open else '≥'} {interval.low:g})"
+    low, high = "(" if interval.low_open else "[", ")" if interval.high_open else "]"
+    return f"{shown} ({low}{interval.low:g}, {interval.high:g}{high})"
+
+
+def _listing(folder: Path, indent: str) -> Iterable[str]:
+    yield f"{indent}- `{folder.name}/`: {_summary(folder / '__init__.py')}"
+    for path in sorted(set(folder.glob("*.py")) - {folder / "__init__.py"}):
+        yield f"{indent}  - `{path.name}`: {_summary(path)}"
+    for package in sorted(path.parent for path in folder.glob("*/__init__.py")):
+        yield from _listing(package, f"{indent}  ")
+
+
+def _summary(module: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n\n")[0].replace("\n", " ")
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if (made := filled(text)) != text:
+            page.write_text(made, encoding="utf-8")
+            print(f"{page.relative_to(ROOT)} has new tables")

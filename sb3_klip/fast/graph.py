@@ -1,0 +1,286 @@
+"""
+The loss of a minibatch and its gradient as one traced graph: half the time of a small network's update, at the same bits.
+
+Eager PyTorch spends three quarters of a small minibatch in Python, in the dispatcher and in autograd's bookkeeping. The graph
+holds the very operators that eager PyTorch calls for ``_loss`` of the model and its backward pass, and TorchScript runs them
+without Python and without fusing any, so that no bit changes.
+
+A graph knows only what went into it: numbers are baked in, and Python that looks at data is not there any more. So it is for
+models of which all parts are known (:func:`reason_against`), numbers that schedules change go in as tensors, and the first
+minibatch of every update is computed in both ways and compared, before any step is taken. There, the policy is still that of
+the rollout and no sample is clipped, so it is compared once more with ratios on all sides of the bounds. Where anything else
+is the case, the eager loss is used.
+
+``torch.jit.trace`` is deprecated. What makes a graph is :func:`_traced`, and nothing else knows how.
+"""
+
+import copy
+import functools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch as th
+from sb3_contrib.common.maskable import policies as maskable_policies
+from stable_baselines3.common import policies, torch_layers
+from torch import nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sb3_klip.diagnostics import Minibatch
+from sb3_klip.fast.validation import unvalidated_distributions
+from sb3_klip.surrogate import PerSampleKL
+
+#: Modules that do the same at each call; others may look at data, have a state, or draw random numbers. Convolutions are left
+#: out: TorchScript has no word for an argument of their backward pass, and arithmetic is what takes their time.
+KNOWN_MODULES = {
+    *(policies.ActorCriticPolicy, policies.MultiInputActorCriticPolicy),
+    *(maskable_policies.MaskableActorCriticPolicy, maskable_policies.MaskableMultiInputActorCriticPolicy),
+    *(torch_layers.FlattenExtractor, torch_layers.CombinedExtractor, torch_layers.MlpExtractor),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Identity, nn.Linear),
+    *(nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus),
+}
+#: Minibatches of one size that are computed eagerly before a graph is traced, which takes as long as some hundreds of them: so
+#: a short training does not pay for it.
+WARM_UP = 300
+#: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
+MOST_GRAPHS = 16
+
+_TRACING = threading.Lock()
+
+
+class Graphs:
+    """The graphs of one model, by what they depend on; how often they could have been used; and why they are not any more."""
+
+    def __init__(self) -> None:
+        self.traced: dict[Any, Callable[..., Any]] = {}
+        self.uses: dict[Any, int] = {}
+        self.given_up = ""
+
+
+# By model, so that a copy of a model, or one that is pickled, does not carry the other's.
+_GRAPHS: "weakref.WeakKeyDictionary[Any, Graphs]" = weakref.WeakKeyDictionary()
+
+
+def reason_against(model: Any, coefficient: Any) -> str:
+    """
+    Why an update cannot be computed by graphs.
+
+    :param model: an algorithm of this package
+    :param coefficient: its coefficient
+    :return: the reason, for people; empty if there is none
+    """
+    if reason := given_up(model):
+        return reason
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if not model.has_known_loss():
+        return f"a part of the loss of {type(model).__name__} was replaced"
+    if not coefficient.is_constant:
+        return f"the coefficient {coefficient.name} may change during training"
+    return next(_reasons_in(model.policy), "") or _reason_in_torch()
+
+
+def given_up(model: Any) -> str:
+    """
+    Why a model uses no graph any more.
+
+    :param model: an algorithm of this package
+    :return: the reason, for people; empty if it may use graphs
+    """
+    return _GRAPHS[model].given_up if model in _GRAPHS else ""
+
+
+def _reasons_in(policy: Any) -> Iterator[str]:
+    """What is not known of a policy, or would go unnoticed if its modules were not called."""
+    for module in policy.modules():
+        name = type(module).__name__
+        if type(module) not in KNOWN_MODULES:
+            yield f"{name} is not known"
+        if any(callable(value) and hasattr(type(module), key) for key, value in vars(module).items()):
+            yield f"a method of the policy's {name} was replaced"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            yield f"the policy's {name} has a hook"
+    for parameter in policy.parameters():
+        if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
+            yield "a parameter of the policy is frozen, has a hook, or is of a type of its own"
+    stepped = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
+    if stepped != {id(parameter) for parameter in policy.parameters()}:
+        yield "the optimizer is not that of the policy's parameters"
+
+
+def _reason_in_torch() -> str:
+    """What a user has switched on in torch that looks at each operation, or changes it."""
+    switched_on = {
+        "a hook of all modules": nn.modules.module._has_any_global_hook(),
+        "autocast": th.is_autocast_enabled("cpu"),
+        "anomaly detection": th.is_anomaly_enabled(),
+        "a profiler": th.autograd.profiler._is_profiler_enabled,
+        "a mode of torch's functions": th._C._len_torch_function_stack() + th._C._len_torch_dispatch_stack() > 0,
+    }
+    return next((f"{name} is at work" for name, is_on in switched_on.items() if is_on), "")
+
+
+def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
+    """
+    What computes the minibatches of one update.
+
+    :param model: an algorithm of this package, with nothing against graphs
+    :param update: what does not change during the update
+    :return: a function of what ``model._loss`` takes, which returns that, or the gradients of all parameters in place of the
+        loss
+    """
+    graphs = _GRAPHS.setdefault(model, Graphs())
+    parameters = list(model.policy.parameters())
+    constants = _constants(update)
+    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, *update.coefficient.settings.items())
+    structure = (update.coefficient.name, *map(id, model.policy.modules()), *map(id, parameters))
+    is_compared = False
+
+    def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
+        nonlocal is_compared
+        asked = indices if update.snapshot is not None or update.positions is not None else None
+        rows = _rows(rollout_data, asked)
+        key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
+        graphs.uses[key] = graphs.uses.get(key, 0) + 1
+        if graphs.given_up or graphs.uses[key] <= WARM_UP:
+            return model._loss(rollout_data, indices, update)
+        if key not in graphs.traced:
+            if len(graphs.traced) == MOST_GRAPHS:
+                graphs.given_up = "what the loss depends on changes too often"
+                return model._loss(rollout_data, indices, update)
+            try:
+                graphs.traced[key] = _traced(model, rollout_data, update, rows, constants)
+            except Exception as error:  # whatever torch, or what it traces, may raise
+                first_line = next(iter(str(error).splitlines()), "")
+                graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
+                return model._loss(rollout_data, indices, update)
+        run = functools.partial(_run, graphs.traced[key], parameters, constants)
+        if not is_compared:
+            is_compared = True
+            for data in (rollout_data, _with_ratios_on_all_sides(rollout_data)):
+                loss, minibatch = model._loss(data, indices, update)
+                eager = (th.autograd.grad(loss, parameters), minibatch)
+                if not _same(run(_rows(data, asked)), eager):
+                    graphs.given_up = "a graph did not give the bits of the eager update"
+                    warnings.warn(
+                        f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is left from "
+                        f"now on, at {model.num_timesteps} steps. The training is as it would have been without it.",
+                        stacklevel=5,
+                    )
+                    return model._loss(rollout_data, indices, update)
+        return run(rows)
+
+    return compute
+
+
+@th.no_grad()
+def _run(graph: Any, parameters: Any, constants: Any, rows: Any) -> tuple[Sequence[th.Tensor], Minibatch]:
+    outputs = graph(parameters, rows, constants)
+    loss, log_ratio, ratio, removal, *penalty, advantages, value_loss, entropy_loss = outputs[len(parameters) :]
+    weight, estimate = penalty or (None, None)
+    terms = PerSampleKL(loss, log_ratio, ratio, removal, weight, estimate)
+    return outputs[: len(parameters)], Minibatch(terms, advantages, None, value_loss, entropy_loss)
+
+
+def _with_ratios_on_all_sides(rollout_data: Any) -> Any:
+    """A minibatch as if policy and values had moved since the rollout, by another factor or amount for each sample."""
+    shift = th.linspace(-1, 1, len(rollout_data.advantages), dtype=rollout_data.advantages.dtype)
+    log_prob, values = rollout_data.old_log_prob + shift, rollout_data.old_values + shift
+    return rollout_data._replace(old_log_prob=log_prob, old_values=values)
+
+
+def _rows(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
+    """The tensors of a minibatch, in a fixed order."""
+    rows: list[th.Tensor] = []
+    for value in rollout_data:
+        rows.extend(value.values() if isinstance(value, dict) else (value,))
+    return rows if indices is None else [*rows, indices]
+
+
+def _constants(update: Any) -> list[th.Tensor]:
+    """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
+    numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
+    snapshot = () if update.snapshot is None else update.snapshot.parameters
+    return [*numbers, *snapshot, *(() if update.positions is None else (update.positions,))]
+
+
+def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
+    """The arguments of ``_loss``, of what :func:`_rows` and :func:`_constants` have made of them."""
+    row, constant = iter(rows), iter(constants)
+    values = [{key: next(row) for key in value} if isinstance(value, dict) else next(row) for value in example]
+    update = update._replace(clip_range=next(constant))
+    if update.clip_range_vf is not None:
+        update = update._replace(clip_range_vf=next(constant))
+    if update.snapshot is not None:
+        snapshot = copy.copy(update.snapshot)
+        snapshot.parameters = tuple(next(constant) for _ in snapshot.parameters)
+        update = update._replace(snapshot=snapshot)
+    if update.positions is not None:
+        update = update._replace(positions=next(constant))
+    return type(example)(*values), next(row, None), update
+
+
+class _Loss(nn.Module):
+    """``_loss`` of a model as a module, of which the parameters can be replaced."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.policy = model.policy
+        self.loss = model._loss
+
+    def forward(self, *args: Any) -> Any:
+        return self.loss(*args)
+
+
+def _traced(
+    model: Any, example: Any, update: Any, rows: list[th.Tensor], constants: list[th.Tensor]
+) -> Callable[..., tuple[th.Tensor, ...]]:
+    """A graph of the gradients and of what is logged, for tensors of these shapes."""
+    # Of a copy: while it is traced, the policy has no parameters that another thread could save.
+    twin = copy.copy(model)
+    action_dist = model.policy.action_dist
+    twin.policy = copy.deepcopy(model.policy, {id(action_dist): copy.copy(action_dist)})
+    loss_module = _Loss(twin)
+    names = [name for name, _ in loss_module.named_parameters()]
+    leaves = [parameter.detach() for parameter in loss_module.parameters()]
+
+    def flat(parameters: list[th.Tensor], *tensors: list[th.Tensor]) -> tuple[th.Tensor, ...]:
+        inputs = [parameter.detach().requires_grad_() for parameter in parameters]
+        arguments = _rebuilt(example, update, *tensors)
+        loss, minibatch = functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments)
+        terms = [term for term in minibatch.terms if term is not None]
+        logged = (*terms, minibatch.advantages, minibatch.value_loss, minibatch.entropy_loss)
+        gradients = th.autograd.grad(loss, inputs)
+        # In the layout of the parameters, as backward() leaves them: norms round by it.
+        pairs = zip(gradients, inputs, strict=True)
+        return (*(g if g.stride() == p.stride() else th.empty_like(p).copy_(g) for g, p in pairs), *logged)
+
+    with _TRACING, unvalidated_distributions(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        nodes = make_fx(flat)(leaves, rows, constants)
+        nodes.graph.eliminate_dead_code()
+        nodes.recompile()
+        return th.jit.trace(_Tupled(nodes), (leaves, rows, constants), check_trace=False)
+
+
+class _Tupled(nn.Module):
+    """A module whose result is a tuple, and no list, as TorchScript wants it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: list[th.Tensor]) -> tuple[th.Tensor, ...]:
+        return tuple(self.module(*args))
+
+
+def _same(ours: tuple[Sequence[th.Tensor], Minibatch], theirs: tuple[Sequence[th.Tensor], Minibatch]) -> bool:
+    """Whether gradients and what is logged have the same bits, but for those of NaN."""
+    left, right = ([*gradients, *minibatch.terms, *minibatch[1:]] for gradients, minibatch in (ours, theirs))
+    return all(
+        a is b is None or (a is not None and b is not None and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+        for a, b in zip(left, right, strict=True)
+    )

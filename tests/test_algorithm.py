@@ -1,0 +1,125 @@
+"""What the algorithms share beside the update: their arguments, and what they refuse before anything is built."""
+
+import pytest
+from helpers import FAST, cartpole, pendulum, train
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
+from sb3_klip.coefficients import make
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"beta": "stpe"}, ValueError, "Did you mean 'step'"),
+        ({"beta": "linear_ramp", "beta_kwargs": {"widht": 1}}, TypeError, "Did you mean 'width'"),
+        ({"beta": "linear_ramp", "beta_kwargs": {"width": -1}}, ValueError, "0 <= value"),
+        ({"beta_kwargs": {"width": 1}}, TypeError, "'step' has no parameter 'width'"),
+        ({"beta_kwargs": "width"}, TypeError, "beta_kwargs must be a dict"),
+        ({"beta": None}, TypeError, "beta must be the name"),
+        ({"beta": "quadratic", "clip_range": 0.0}, ValueError, "clip_range=0 must be positive"),
+        ({"beta": "quadratic", "clip_range": lambda progress: -progress}, ValueError, "clip_range=-1 must be positive"),
+    ],
+)
+def test_constructor_refuses(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        KLipPPO("MlpPolicy", cartpole(), **kwargs)
+
+
+def test_bad_coefficient_is_refused_before_the_environment_is_made():
+    with pytest.raises(ValueError, match="Did you mean 'step'"):
+        KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta="stpe")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "policy", "message"),
+    [
+        (KLipRecurrentPPO, "MlpPolicy", "Did you mean 'MlpLstmPolicy'"),
+        (KLipRecurrentPPO, ActorCriticPolicy, "must derive from RecurrentActorCriticPolicy, as do MlpLstmPolicy"),
+        (KLipMaskablePPO, ActorCriticPolicy, "must derive from MaskableActorCriticPolicy"),
+        (KLipPPO, "MlpLstmPolicy", "must be one of MlpPolicy, CnnPolicy, MultiInputPolicy"),
+    ],
+)
+def test_policies_that_do_not_fit(algorithm, policy, message):
+    with pytest.raises(ValueError, match=message):
+        algorithm(policy, "NoSuchEnvironment-v0")
+
+
+@pytest.mark.parametrize("algorithm", [KLipMaskablePPO, KLipRecurrentPPO])
+def test_bad_coefficient_is_refused_first(algorithm):
+    with pytest.raises(ValueError, match="Did you mean 'step'"):
+        algorithm("MlpPolicy", "NoSuchEnvironment-v0", beta="stpe")
+
+
+class OtherDistribution:
+    """Behaves like a Gaussian, but is of a class of the user's own."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+class OtherPolicy(ActorCriticPolicy):
+    def _get_action_dist_from_latent(self, latent_pi):
+        self.action_dist.inner.proba_distribution(self.action_net(latent_pi), self.log_std)
+        return self.action_dist
+
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.action_dist = OtherDistribution(self.action_dist)
+
+
+def test_sampled_estimators_need_no_closed_form():
+    for beta in ("fixed", "trust_region"):
+        with pytest.raises(ValueError, match=r"OtherDistribution.*'estimator': 'k3'"):
+            KLipPPO(OtherPolicy, pendulum(), **FAST, beta=beta)
+    with pytest.raises(ValueError, match="log_kl=True needs the closed form"):
+        KLipPPO(OtherPolicy, pendulum(), **FAST, log_kl=True)
+    for estimator in ("k1", "k3"):
+        kwargs = {"beta": "adaptive", "beta_kwargs": {"estimator": estimator}}
+        model, logs = train(KLipPPO, OtherPolicy, pendulum, 128, **FAST, **kwargs)
+        assert model.beta.state_dict() != {}
+        assert logs.column("train/kl")[0] >= 0
+
+
+# -- the coefficient of a model ----------------------------------------------------------------------------------------
+
+
+def test_models_that_are_given_one_coefficient_learn_apart():
+    coefficient = make("adaptive")
+    models = [KLipPPO("MlpPolicy", cartpole(), **FAST, beta=coefficient) for _ in range(2)]
+    models[0].beta.end_update(1.0)
+    assert [model.beta.state_dict() for model in models] == [{"value": 2.0}, {}]
+    assert coefficient.state_dict() == {}
+    # One with other parameters begins with what that one has learned.
+    coefficient.end_update(1.0)
+    changed = KLipPPO("MlpPolicy", cartpole(), **FAST, beta=coefficient, beta_kwargs={"kl_target": 0.5})
+    assert (changed.beta.state_dict(), changed.beta.settings["kl_target"]) == ({"value": 2.0}, 0.5)
+
+
+def test_another_coefficient_can_be_set_on_a_model():
+    model, logs = train(KLipPPO, "MlpPolicy", pendulum, 64, **FAST, beta="fixed", beta_kwargs={"value": 2.0})
+    assert logs.column("train/beta_scalar") == [2.0]
+    model.beta = "sigmoid"
+    assert (repr(model.beta), model.beta_kwargs) == ("sigmoid(temperature=0.05)", None)
+    model.set_env(pendulum())
+    model.learn(64)
+    model.beta = make("linear_ramp", width=0.5)
+    assert repr(model.beta) == "linear_ramp(width=0.5)"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "value", "error", "message"),
+    [
+        ({}, "sigmod", ValueError, "Did you mean 'sigmoid'"),
+        ({}, 3, TypeError, "beta must be the name of a coefficient"),
+        ({"clip_range": -0.1}, "quadratic", ValueError, "clip_range=-0.1 must be positive"),
+    ],
+)
+def test_a_coefficient_that_does_not_fit_is_not_set(kwargs, value, error, message):
+    model = KLipPPO("MlpPolicy", cartpole(), **{**FAST, **kwargs})
+    with pytest.raises(error, match=message):
+        model.beta = value
+    assert repr(model.beta) == "step()"

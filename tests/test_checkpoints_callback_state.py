@@ -1,0 +1,250 @@
+"""A resumed run goes on with what its callbacks remembered, and takes the steps that its call of ``learn`` had left."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common import callbacks as sb3_callbacks
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_klip import KLipPPO, ResumableCheckpointCallback
+from sb3_klip.checkpoints.callback_state import callbacks_of
+
+SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "seed": 0, "device": "cpu"}
+
+
+def environments() -> DummyVecEnv:
+    return make_vec_env("CartPole-v1", 1, seed=0)  # type: ignore[return-value]
+
+
+def model(**kwargs: Any) -> KLipPPO:
+    return KLipPPO("MlpPolicy", environments(), **{**SMALL, **kwargs})
+
+
+def resumed(path: Path) -> KLipPPO:
+    return KLipPPO.load(path, env=environments(), resume=True)
+
+
+class Killed(Exception):  # noqa: N818
+    """Ends a run in the middle."""
+
+
+class KillAt(BaseCallback):
+    """Ends a run after so many steps, as a kill would."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.steps = steps
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self.steps:
+            raise Killed
+        return True
+
+
+def learn_until_killed(learner: KLipPPO, steps: int, callback: list[BaseCallback], **kwargs: Any) -> None:
+    with pytest.raises(Killed):
+        learner.learn(steps, callback=callback, **kwargs)
+
+
+# -- steps that are left ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [{"total_timesteps": 256, "reset_num_timesteps": False}, {"total_timesteps": 384}])
+def test_the_same_call_ends_where_it_would_have_ended(again: dict[str, Any], tmp_path: Path) -> None:
+    first = model().learn(128)
+    learn_until_killed(first, 256, [ResumableCheckpointCallback(32, str(tmp_path)), KillAt(300)], reset_num_timesteps=False)
+    second = resumed(tmp_path / "rl_model_288_steps.zip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.learn(**again)
+    assert second.num_timesteps == 384
+
+
+def test_it_may_be_killed_twice(tmp_path: Path) -> None:
+    first = model().learn(128)
+    learn_until_killed(first, 256, [ResumableCheckpointCallback(32, str(tmp_path)), KillAt(200)], reset_num_timesteps=False)
+    second = resumed(tmp_path / "rl_model_192_steps.zip")
+    learn_until_killed(second, 256, [ResumableCheckpointCallback(32, str(tmp_path)), KillAt(300)], reset_num_timesteps=False)
+    third = resumed(tmp_path / "rl_model_288_steps.zip").learn(256, reset_num_timesteps=False)
+    assert third.num_timesteps == 384
+
+
+def test_a_finished_run_goes_on_with_the_next_call(tmp_path: Path) -> None:
+    model().learn(128).save(tmp_path / "finished", resumable=True)
+    assert resumed(tmp_path / "finished.zip").learn(128, reset_num_timesteps=False).num_timesteps == 256
+
+
+# -- what callbacks remember -----------------------------------------------------------------------------------------------
+
+
+class Remembers(BaseCallback):
+    """A user's own, with data of many kinds."""
+
+    def __init__(self, scale: float = 1.0, note: str = ""):
+        super().__init__()
+        self.scale, self.note = scale, note
+        self.returns: list[float] = []
+        self.table = {"seen": np.zeros(2)}
+        self.thing: Any = None
+
+    def _on_step(self) -> bool:
+        self.returns.append(float(self.num_timesteps))
+        self.table["seen"] = self.table["seen"] + 1
+        self.scale *= 1.01
+        return True
+
+
+def test_an_own_callback_goes_on(tmp_path: Path) -> None:
+    own = Remembers(2.0, note="first")
+    learn_until_killed(model(), 256, [own, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(100)])
+    fresh = Remembers(2.0, note="second")
+    resumed(tmp_path / "rl_model_96_steps.zip").learn(
+        256, callback=[fresh, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)]
+    )
+    uninterrupted = Remembers(2.0)
+    model().learn(256, callback=[uninterrupted, ResumableCheckpointCallback(32, str(tmp_path / "b")), KillAt(-1)])
+    assert fresh.returns == uninterrupted.returns == [float(step) for step in range(1, 257)]
+    assert fresh.n_calls == uninterrupted.n_calls
+    assert fresh.table["seen"].tolist() == uninterrupted.table["seen"].tolist()
+    assert fresh.scale == uninterrupted.scale  # an argument of the constructor, which the run has changed
+    assert fresh.note == "second"  # one that it has not
+
+
+def evaluation(folder: Path) -> EvalCallback:
+    env = make_vec_env("CartPole-v1", 1, seed=5)
+    stop = sb3_callbacks.StopTrainingOnNoModelImprovement(50)
+    paths = {"log_path": str(folder), "best_model_save_path": str(folder)}
+    return EvalCallback(env, callback_after_eval=stop, eval_freq=32, n_eval_episodes=2, verbose=0, **paths)
+
+
+def test_evaluations_and_the_best_model_go_on(tmp_path: Path) -> None:
+    callbacks = [evaluation(tmp_path), EveryNTimesteps(50, sb3_callbacks.CheckpointCallback(1, str(tmp_path / "other")))]
+    learn_until_killed(model(), 320, [*callbacks, ResumableCheckpointCallback(64, str(tmp_path)), KillAt(200)])
+    first = callbacks[0]
+    first.best_mean_reward = 1e9  # no later model is better
+    fresh = [evaluation(tmp_path), EveryNTimesteps(50, sb3_callbacks.CheckpointCallback(1, str(tmp_path / "other")))]
+    path = tmp_path / "rl_model_192_steps.zip"
+    second = resumed(path)
+    remembered = second._resuming["callbacks"]  # as the file has it
+    assert [each["type"] for each in remembered][:3] == ["CallbackList", "EvalCallback", "StopTrainingOnNoModelImprovement"]
+    second.learn(320, callback=[*fresh, ResumableCheckpointCallback(64, str(tmp_path)), KillAt(-1)])
+    with np.load(tmp_path / "evaluations.npz") as saved:
+        assert saved["timesteps"].tolist() == [32 * i for i in range(1, 11)]
+    assert fresh[0].best_mean_reward >= remembered[1]["state"]["best_mean_reward"] > -np.inf
+    assert fresh[1].last_time_trigger == 300
+    assert fresh[0].callback.last_best_mean_reward > -np.inf
+
+
+def test_a_worse_model_does_not_replace_the_best(tmp_path: Path) -> None:
+    class Lucky(Remembers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.best = -np.inf
+
+        def _on_rollout_end(self) -> None:
+            self.best = max(self.best, 1000.0 - self.num_timesteps)
+
+    learn_until_killed(model(), 128, [Lucky(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
+    fresh = Lucky()
+    resumed(tmp_path / "rl_model_64_steps.zip").learn(
+        128, callback=[fresh, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)]
+    )
+    assert fresh.best == 1000 - 32
+
+
+def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    own = Remembers()
+    own.thing = object()
+    learn_until_killed(model(), 128, [own, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
+    learner = resumed(tmp_path / "rl_model_64_steps.zip")
+    with pytest.warns(UserWarning, match=r"cannot keep, .*: Remembers\.thing$"):
+        learner.learn(128, callback=[Remembers(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)])
+
+
+def test_callbacks_that_are_missing_are_named(tmp_path: Path) -> None:
+    learn_until_killed(model(), 128, [Remembers(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
+    learner, other = resumed(tmp_path / "rl_model_64_steps.zip"), sb3_callbacks.StopTrainingOnMaxEpisodes(1000)
+    with pytest.warns(UserWarning, match="what they remembered is lost: Remembers$"):
+        learner.learn(128, callback=other)
+    assert other.n_calls == 128  # as if it had been there
+
+
+def test_callbacks_are_found_in_a_fixed_order() -> None:
+    inner = Remembers()
+    outer = CallbackList([EveryNTimesteps(5, inner), CallbackList([KillAt(1)])])
+    assert [type(each).__name__ for each in callbacks_of(outer)] == [
+        *("CallbackList", "EveryNTimesteps", "Remembers", "CallbackList", "KillAt")
+    ]
+
+
+# -- moments at which a run can be saved -----------------------------------------------------------------------------------
+
+
+def test_checkpoints_inside_of_an_event_callback(tmp_path: Path) -> None:
+    inner = ResumableCheckpointCallback(1, str(tmp_path))
+    whole = model().learn(256, callback=EveryNTimesteps(70, inner))
+    steps = [96, 160, 224]  # the first moments between rollouts after 70, 140 and 210 steps
+    assert {path.name for path in tmp_path.iterdir()} == {f"rl_model_{each}_steps.zip" for each in steps}
+    again = resumed(tmp_path / "rl_model_160_steps.zip").learn(
+        256, callback=EveryNTimesteps(70, ResumableCheckpointCallback(1, str(tmp_path)))
+    )
+    for ours, theirs in zip(again.policy.parameters(), whole.policy.parameters(), strict=True):
+        assert ours.equal(theirs)
+
+
+class Interrupting(gym.Wrapper):
+    """Ctrl-C inside of a step."""
+
+    def __init__(self, env: gym.Env, step: int):
+        super().__init__(env)
+        self.left = step
+
+    def step(self, action: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().step(action)
+
+
+@pytest.mark.parametrize("step", [1, 5, 33])
+def test_ctrl_c_inside_of_a_step_leaves_nothing_to_resume_from(step: int, tmp_path: Path) -> None:
+    env = DummyVecEnv([lambda: Interrupting(gym.make("CartPole-v1"), step)])
+    learner = KLipPPO("MlpPolicy", env, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        learner.learn(128)
+    with pytest.raises(ValueError, match="a moment between two rollouts"):
+        learner.save(tmp_path / "half", resumable=True)
+    assert not list(tmp_path.iterdir())
+    learner.save(tmp_path / "whole")  # an ordinary checkpoint
+
+
+def test_environments_that_were_stepped_by_others(tmp_path: Path) -> None:
+    learner = model().learn(64)
+    learner.save(tmp_path / "fine", resumable=True)
+    evaluate_policy(learner, learner.get_env(), n_eval_episodes=1)
+    with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on others"):
+        learner.save(tmp_path / "stepped", resumable=True)
+    learner.learn(32, reset_num_timesteps=False).save(tmp_path / "again", resumable=True)
+
+
+# -- other machines --------------------------------------------------------------------------------------------------------
+
+
+def test_another_processor_or_device_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sb3_klip.checkpoints import resuming
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(resuming, "processor", lambda: "Another Processor 3000")
+        original = resuming.read_generators
+        elsewhere.setattr(resuming, "read_generators", lambda: {**original(), "cuda": ["the state of a GPU"]})
+        model().learn(64).save(tmp_path / "elsewhere", resumable=True)
+    with pytest.warns(UserWarning, match=r"processor Another Processor 3000 then, .* now.*on a GPU, and there is none now"):
+        learner = resumed(tmp_path / "elsewhere.zip")
+    assert learner.learn(128).num_timesteps == 128

@@ -1,0 +1,109 @@
+"""Functions and objects of the user's own as coefficients."""
+
+import math
+
+import pytest
+import torch as th
+
+from sb3_klip import KLipPPO
+from sb3_klip.coefficients import make, register
+
+
+def test_own_function_with_parameters_and_requests():
+    @register("fading")
+    def fading(ratio, advantages, clip_range, progress, position, *, strength=0.5):
+        return th.full_like(ratio, strength * (1 - progress)) + position
+
+    coefficient = make("fading", strength=0.8)
+    assert coefficient.requests == ("progress", "position")
+    coefficient.set_progress(0.25)
+    ones = th.ones(2)
+    removal, weight = coefficient(ones, ones, 0.2, position=th.zeros(2))
+    assert weight is None
+    th.testing.assert_close(removal, th.full((2,), 0.2))
+    with pytest.raises(ValueError, match="'fading' needs 'position'"):
+        coefficient(ones, ones, 0.2)
+    assert make(fading).name == "fading"
+
+
+def test_own_object_with_state():
+    class Counting:
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, ratio, advantages, clip_range):
+            self.calls += 1
+            return th.zeros_like(ratio)
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    coefficient = make(Counting())
+    coefficient.load_state_dict({"calls": 7})
+    coefficient(th.ones(1), th.ones(1), 0.2)
+    assert coefficient.state_dict() == {"calls": 8}
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (
+            lambda ratio, advantages, clip_range: ratio.mean(),
+            ValueError,
+            r"shape \(\).*expected a tensor of shape \(8,\)",
+        ),
+        (lambda ratio, advantages, clip_range: ratio.double(), ValueError, r"torch\.float64"),
+        (lambda ratio, advantages, clip_range: ratio * math.nan, ValueError, "must be finite"),
+        (lambda ratio, advantages, clip_range: ratio.clone().requires_grad_(), ValueError, "requires_grad=True"),
+        (lambda ratio, advantages, clip_range: 0.0, TypeError, "is float, expected a tensor"),
+        (lambda ratio, advantages, clip_range: (ratio, ratio), ValueError, "names no `estimator`"),
+        (lambda ratio, advantages: ratio, TypeError, "must take"),
+        (lambda ratio, advantages, clip_range, *rest: ratio, TypeError, "not take"),
+        (lambda ratio, advantages, clip_range, positions: ratio, TypeError, "Did you mean 'position'"),
+    ],
+)
+def test_functions_that_do_not_fit_are_refused(function, error, message):
+    with pytest.raises(error, match=message):
+        make(function)
+
+
+def test_an_estimator_without_a_weight_is_refused():
+    def forgetful(ratio, advantages, clip_range, *, estimator="k3"):
+        return th.zeros_like(ratio)
+
+    with pytest.raises(ValueError, match="returned no weight"):
+        make(forgetful)
+
+
+class KeepsItToItself:
+    """What it was made with could not be saved."""
+
+    def __init__(self, depth, shown=1.0):
+        self.shown = shown
+        self._depth = depth
+
+    def __call__(self, ratio, advantages, clip_range):
+        return th.full_like(ratio, self._depth)
+
+
+def test_an_object_that_could_not_be_made_again_is_refused():
+    message = r"KeepsItToItself must keep the argument 'depth' of its constructor .* \(self\.depth = depth\)"
+    with pytest.raises(TypeError, match=message):
+        make(KeepsItToItself(0.5))
+    with pytest.raises(TypeError, match="'depth'"):
+        KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta=KeepsItToItself(0.5))
+
+
+def test_trying_out_teaches_an_object_nothing():
+    class Counting:
+        calls = 0
+
+        def __call__(self, ratio, advantages, clip_range):
+            self.calls += 1
+            return th.zeros_like(ratio)
+
+    counting = Counting()
+    assert make(counting).function.calls == counting.calls == 0

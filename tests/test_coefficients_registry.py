@@ -1,0 +1,199 @@
+"""Coefficients by name: aliases, parameters, and what is refused."""
+
+import inspect
+import math
+
+import pytest
+import torch as th
+
+from sb3_klip.coefficients import FAMILY, Coefficient, available, entries, make, register
+
+
+@pytest.mark.parametrize(
+    ("alias", "expected"),
+    [
+        ("ppo_clip", "step()"),
+        ("espo", "none(ratio_deviation=0.25)"),
+        ("dapo", "clip_higher(low=0.2, high=0.28)"),
+        ("ppo_rb", "rollback(slope=0.3)"),
+        ("tr_ppo", "trust_region(delta=0.035)"),
+        ("truly_ppo", "truly(delta=0.03, alpha=5.0)"),
+        ("spo", "quadratic()"),
+        ("pspo", "smoothing(alpha=0.1)"),
+        ("sapo", "soft_adaptive(tau_pos=1.0, tau_neg=1.05)"),
+        ("ppo_kl", "fixed(value=1.0, estimator='analytic')"),
+        ("ppo_adaptive_kl", "adaptive(initial=1.0, kl_target=0.02, factor=2.0, estimator='analytic')"),
+    ],
+)
+def test_aliases_and_defaults(alias, expected):
+    assert repr(make(alias)) == expected
+
+
+def test_parameters_of_an_alias_can_be_changed():
+    assert repr(make("espo", ratio_deviation=0.1)) == "none(ratio_deviation=0.1)"
+
+
+BAD = [
+    ("stpe", {}, ValueError, r"'stpe'.*Did you mean 'step'.*Available: adaptive, asymmetric"),
+    ("step", {"width": 1}, TypeError, "'step' has no parameter 'width'. It takes none"),
+    ("linear_ramp", {"widht": 1}, TypeError, r"no parameter 'widht'\. Did you mean 'width'\?"),
+    ("linear_ramp", {"width": -0.1}, ValueError, "width=-0.1 of 'linear_ramp' is out of range: 0 <= value"),
+    ("linear_ramp", {"width": math.nan}, ValueError, "width=nan"),
+    ("linear_ramp", {"width": math.inf}, ValueError, "width=inf"),
+    ("linear_ramp", {"width": None}, TypeError, "must be a number, a schedule such as 'lin_0.1', or a function"),
+    ("linear_ramp", {"width": "wide"}, TypeError, "'wide'"),
+    ("linear_ramp", {"width": "lin_x"}, TypeError, "'lin_x'"),
+    ("linear_ramp", {"width": "lin_-1"}, ValueError, "starts at -1"),
+    ("linear_ramp", {"width": True}, TypeError, "True"),
+    ("sigmoid", {"temperature": 0}, ValueError, "0 < value"),
+    ("soft_min", {"temperature": -1}, ValueError, "0 < value"),
+    ("asymmetric", {"width_down": -1}, ValueError, "width_down=-1"),
+    ("clip_higher", {"low": 1}, ValueError, "0 <= value < 1"),
+    ("clip_higher", {"high": -0.1}, ValueError, "high=-0.1"),
+    ("dual_clip", {"bound": 1}, ValueError, "1 < value"),
+    ("rollback", {"slope": -1}, ValueError, "slope=-1"),
+    ("trust_region", {"delta": 0}, ValueError, "delta=0"),
+    ("truly", {"alpha": -1}, ValueError, "alpha=-1"),
+    ("smoothing", {"alpha": 1.5}, ValueError, "0 <= value <= 1"),
+    ("soft_adaptive", {"tau_pos": 0}, ValueError, "tau_pos=0"),
+    ("fixed", {"value": -1}, ValueError, "value=-1"),
+    ("fixed", {"estimator": "k2"}, ValueError, "must be one of 'analytic', 'k1', 'k3'"),
+    ("adaptive", {"initial": 1e5}, ValueError, "0.0001 <= value <= 10000"),
+    ("adaptive", {"factor": 1}, ValueError, "factor=1"),
+    ("adaptive", {"kl_target": 0}, ValueError, "kl_target=0"),
+    ("none", {"ratio_deviation": -1}, ValueError, "ratio_deviation=-1"),
+    ("position", {"base": "stpe"}, ValueError, "Did you mean 'step'"),
+    ("position", {"base": "sigmoid", "base_kwargs": {"width": 1}}, TypeError, "'sigmoid' has no parameter 'width'"),
+    ("position", {"horizon": 0}, ValueError, "horizon=0"),
+    (":step", {}, ValueError, "':step' is not a coefficient"),
+    (3, {}, TypeError, "beta must be the name of a coefficient"),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "error", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_refused(name, parameters, error, message):
+    with pytest.raises(error, match=message):
+        make(name, **parameters)
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="'step' is already taken"):
+        register("step")(lambda ratio, advantages, clip_range: ratio)
+    with pytest.raises(ValueError, match="'spo' is already taken"):
+        register("mine", "spo")(lambda ratio, advantages, clip_range: ratio)
+
+
+def test_making_of_a_coefficient_again():
+    coefficient = make("linear_ramp", width=0.3)
+    assert make(coefficient) is coefficient
+    assert isinstance(coefficient, Coefficient)
+    assert repr(make(coefficient, width=0.4)) == "linear_ramp(width=0.4)"
+
+
+# -- what is known of each ---------------------------------------------------------------------------------------------
+
+
+def test_every_coefficient_says_what_it_is_and_where_it_is_from():
+    of_the_package = [entry for entry in entries() if entry.function.__module__.startswith("sb3_klip.")]
+    assert {entry.name for entry in of_the_package} == set(available())
+    for entry in of_the_package:
+        assert entry.formula, entry.name
+        assert entry.source, entry.name
+        assert f"``{entry.formula}``. Source: {entry.source}." in inspect.getdoc(entry.function)
+    # Each stands in one of the modules that tables go through.
+    modules = [module.__name__ for module in FAMILY]
+    assert {entry.function.__module__ for entry in of_the_package} == set(modules)
+    assert all(inspect.getdoc(module).splitlines()[0] for module in FAMILY)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in entries() if entry.search], ids=lambda entry: entry.name)
+def test_search_ranges_are_allowed(entry):
+    for name, (low, high) in entry.search.items():
+        assert 0 < low < high  # on a logarithmic scale
+        for value in (low, high):
+            assert make(entry.name, **{name: value}).values[name] == value
+
+
+def test_aliases_belong_to_their_coefficient():
+    for entry in entries():
+        for alias, presets in entry.aliases.items():
+            assert make(alias).parameters == make(entry.name, **presets).parameters
+
+
+def test_a_coefficient_of_the_users_own_is_an_entry():
+    @register("half", "mine", formula="1/2", source="me", search={"by": (0.1, 1.0)})
+    def half(ratio, advantages, clip_range, *, by=0.5):
+        """Half of it."""
+        return th.full_like(ratio, by)
+
+    (entry,) = (entry for entry in entries() if entry.name == "half")
+    assert (entry.formula, entry.source, entry.search, entry.function) == ("1/2", "me", {"by": (0.1, 1.0)}, half)
+    assert half.__doc__ == "Half of it.\n\nRemoval: ``1/2``. Source: me."
+    assert make("mine").name == "half"
+
+
+# -- classes, and objects ----------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Learns how many updates there were; made with a step."""
+
+    def __init__(self, step, start=0):
+        self.step, self.start = step, start
+        self.count = start
+
+    def __call__(self, ratio, advantages, clip_range, *, scale=1.0):
+        return th.full_like(ratio, scale)
+
+    def end_update(self, kl, *, scale):
+        self.count += self.step
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+NAME = f"{Counting.__module__}:Counting"
+
+
+def test_a_class_takes_arguments_of_its_constructor():
+    coefficient = make(NAME, step=3, scale=0.5)
+    assert coefficient.parameters == {"step": 3, "start": 0, "scale": 0.5}
+    assert coefficient.values == {"scale": 0.5}
+    coefficient.end_update(0.0)
+    assert coefficient.state_dict() == {"count": 3}
+    with pytest.raises(TypeError, match=r"needs 'step' in beta_kwargs, which Counting is made with"):
+        make(NAME, scale=0.5)
+    with pytest.raises(TypeError, match="no parameter 'stp'"):
+        make(NAME, step=3, stp=1)
+
+
+def test_a_class_itself_is_no_coefficient():
+    with pytest.raises(
+        TypeError, match=r"Counting is a class: give an instance, Counting\(…\), or its name, beta='.*:Counting'"
+    ):
+        make(Counting)
+
+
+def test_other_parameters_keep_what_was_learned_and_leave_the_other_alone():
+    first = make(NAME, step=2, scale=0.5)
+    first.end_update(0.0)
+    second = make(first, scale=0.25)
+    assert (first.values, second.values) == ({"scale": 0.5}, {"scale": 0.25})
+    second.end_update(0.0)
+    assert (first.state_dict(), second.state_dict()) == ({"count": 2}, {"count": 4})
+    third = make(first, step=10)  # an argument of the constructor
+    third.end_update(0.0)
+    assert third.parameters == {"step": 10, "start": 0, "scale": 0.5}
+    assert (first.state_dict(), third.state_dict()) == ({"count": 2}, {"count": 12})
+
+
+def test_an_object_is_copied():
+    mine = Counting(1)
+    coefficients = [make(mine), make(mine)]
+    coefficients[0].end_update(0.0)
+    assert [each.state_dict()["count"] for each in coefficients] == [1, 0]
+    assert mine.count == 0
+    assert coefficients[0].name == NAME

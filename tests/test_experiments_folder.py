@@ -1,0 +1,124 @@
+"""A suite's folder: whose results it holds, and whether there is room for more."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from small_suites import SUITE, TINY, write_suite
+
+from sb3_klip.experiments.__main__ import main
+from sb3_klip.experiments.folder import check_worker, open_folder
+from sb3_klip.experiments.suite import Suite, read_suite
+
+
+def test_hyperparameters_that_are_no_plain_data(tmp_path, monkeypatch):
+    """As a module may have them; a folder is gone on with, and a change is noticed."""
+    module = "from torch import nn\nhyperparams = {'default': {'n_timesteps': 9, 'activation': nn.ReLU, 'rate': lambda x: x}}"
+    (tmp_path / "own_tuned.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = write_suite(tmp_path, hyperparams="own_tuned", methods={"step": {}})
+    open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned")
+    open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned").hyperparams["default"]["activation"] = None
+    (tmp_path / "own_tuned.py").write_text(module.replace("ReLU", "Tanh  "))
+    with pytest.raises(ValueError, match="activation: 'ReLU' there, 'Tanh' here"):
+        open_folder(tmp_path / "out", read_suite(path), 1)
+    sys.modules.pop("own_tuned")
+
+
+def test_hyperparameters_that_have_changed(tmp_path):
+    def suite(n_steps: int, n_envs: int) -> Suite:
+        entry = {"n_timesteps": 100, "n_steps": n_steps, "n_envs": n_envs}
+        (tmp_path / "tuned.yml").write_text(yaml.safe_dump({"default": entry}))
+        return read_suite(write_suite(tmp_path, hyperparams="tuned.yml", methods={"step": {}}))
+
+    open_folder(tmp_path / "out", suite(64, 1), 1)
+    open_folder(tmp_path / "out", suite(64, 1), 1)
+    with pytest.raises(ValueError, match="has results of another suite or version") as error:
+        open_folder(tmp_path / "out", suite(32, 2), 1)
+    assert set(str(error.value).splitlines()[1:]) == {
+        "  - definition.CartPole-v1/step.n_steps: 64 there, 32 here",
+        "  - definition.CartPole-v1/step.n_envs: 1 there, 2 here",
+    }
+
+
+def test_what_hinders_a_worker(tmp_path):
+    folder = tmp_path / "out"
+    assert "does not see" in str(check_worker(str(folder)))
+    assert "which must be on a disk that all workers share" in str(check_worker(str(folder)))
+    open_folder(folder, read_suite(write_suite(tmp_path)), 1)
+    assert check_worker(str(folder)) is None
+
+    path = folder / "suite.json"
+    content = json.loads(path.read_text())
+    ours = content["versions"]["torch"]
+    content["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(content))
+    assert check_worker(str(folder)) == f"its versions are not those of {folder}: torch: '1.0' there, {ours!r} here"
+
+
+def test_a_folder_of_another_suite(refused, tmp_path):
+    suite = write_suite(tmp_path)
+    open_folder(tmp_path / "out", read_suite(suite), 1)
+    methods = {"ppo": SUITE["methods"]["ppo"], "step": {"beta": "step", **TINY, "n_steps": 32}, "none": {"beta": "none"}}
+    lines = refused("--suite", write_suite(tmp_path, methods=methods), "-f", "out").splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'out'} has results of another suite or version")
+    assert lines[1:] == [
+        "  - definition.CartPole-v1/step.n_steps: 64 there, 32 here",
+        "  - definition.CartPole-v1/none: only here",
+    ]
+
+
+def test_a_folder_of_other_versions(refused, tmp_path):
+    suite = write_suite(tmp_path)
+    open_folder(tmp_path / "out", read_suite(suite), 1)
+    path = tmp_path / "out" / "suite.json"
+    content = json.loads(path.read_text())
+    content["versions"]["mujoco"] = "2.1"
+    path.write_text(json.dumps(content))
+    assert "  - versions.mujoco: '2.1' there, " in refused("--suite", suite, "-f", "out")
+
+
+def test_a_folder_of_another_name(refused, tmp_path):
+    open_folder(tmp_path / "out", read_suite(write_suite(tmp_path)), 1)
+    (tmp_path / "mine.yml").rename(tmp_path / "yours.yml")
+    assert "  - suite: 'mine' there, 'yours' here" in refused("--suite", "yours.yml", "-f", "out")
+
+
+@pytest.mark.parametrize("content", ["", "[", "3"])
+def test_a_folder_whose_description_is_damaged(refused, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "suite.json").write_text(content)
+    assert str(tmp_path / "out") in refused("--suite", write_suite(tmp_path), "-f", "out")
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_file_where_the_folder_should_be(refused, tmp_path, folder):
+    (tmp_path / "file").touch()
+    message = refused("--suite", write_suite(tmp_path), "-f", folder)
+    assert message.startswith(f"the folder {tmp_path / folder} cannot be written to: ")
+
+
+def test_a_disk_that_is_too_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000_000))
+    folder = tmp_path / "out"
+    assert main(["run", "--suite", write_suite(tmp_path), "-f", str(folder)]) == 2
+    assert capsys.readouterr().err == f"{folder} has 0.0 GB left, and 4 cells may need 0.1 GB\n"
+    assert not (folder / "suite.json").exists()
+    # One cell fits.
+    open_folder(folder, read_suite(write_suite(tmp_path)), 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["suite.json"]
+
+
+def test_a_disk_that_takes_nothing(tmp_path, monkeypatch, capsys):
+    def write_bytes(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert main(["run", "--suite", write_suite(tmp_path), "-f", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"the folder {tmp_path / 'out'} cannot be written to: ")

@@ -1,0 +1,170 @@
+"""The policy in fewer calls: the same bits."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers import assert_identical
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_klip import KLipPPO
+from sb3_klip.fast import forward
+
+SMALL: dict[str, Any] = {"n_steps": 100, "batch_size": 32, "n_epochs": 2, "learning_rate": 3e-3, "clip_range": 0.05}
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1", "MountainCarContinuous-v0"])
+@pytest.mark.parametrize("activation", [th.nn.Tanh, th.nn.ELU])
+def test_the_policy_in_fewer_calls_has_the_same_bits(env_id: str, activation: type) -> None:
+    policy = PPO("MlpPolicy", env_id, policy_kwargs={"activation_fn": activation}, device="cpu").policy
+    observations = th.randn(5, *policy.observation_space.shape, dtype=th.float64)
+    th.manual_seed(0)
+    expected, drawn = policy(observations), th.rand(1)
+    with forward.short_forward(policy):
+        assert isinstance(vars(policy)["forward"], forward._ShortForward)
+        th.manual_seed(0)
+        found, drawn_then = policy(observations), th.rand(1)
+        certain = policy(observations, deterministic=True)
+    assert all(th.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    assert th.equal(drawn, drawn_then)
+    assert th.equal(certain[0], policy(observations, deterministic=True)[0])
+    assert "forward" not in vars(policy)
+
+
+class Doubled(ActorCriticPolicy):
+    def forward(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions, 2 * values, log_prob
+
+
+def hooked(policy: ActorCriticPolicy) -> None:
+    policy.value_net.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+@pytest.mark.parametrize(
+    ("policy", "change", "kwargs", "is_replaced"),
+    [
+        (Doubled, None, {}, False),
+        ("MlpPolicy", None, {"policy_kwargs": {"share_features_extractor": False}}, False),
+        # Layers are called with their hooks, and gSDE's own way is taken when it is called.
+        ("MlpPolicy", hooked, {}, True),
+        ("MlpPolicy", None, {"use_sde": True}, True),
+    ],
+)
+def test_another_policy_is_evaluated_as_it_wants(
+    policy: Any, change: Callable[[Any], None] | None, kwargs: Any, is_replaced: bool
+) -> None:
+    def trained(algorithm: type[PPO]) -> PPO:
+        model = algorithm(policy, "Pendulum-v1", seed=0, device="cpu", **SMALL, **kwargs)
+        if change is not None:
+            change(model.policy)
+        with forward.short_forward(model.policy):
+            assert ("forward" in vars(model.policy)) is is_replaced
+        assert "forward" not in vars(model.policy)
+        return model.learn(200)
+
+    assert_identical(trained(KLipPPO), trained(PPO))
+
+
+def watched_module(policy: Any) -> list[int]:
+    calls: list[int] = []
+    policy.mlp_extractor.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+def any_module(policy: Any) -> list[int]:
+    calls: list[int] = []
+    handle = th.nn.modules.module.register_module_forward_hook(
+        lambda module, *args: calls.append(1) if module is policy.mlp_extractor else None
+    )
+    calls.clear()
+    policy.handle = handle
+    return calls
+
+
+def own_method(policy: Any) -> list[int]:
+    calls: list[int] = []
+    original = policy.extract_features
+
+    def extract_features(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    policy.extract_features = extract_features
+    return calls
+
+
+@pytest.mark.parametrize("watch", [watched_module, any_module, own_method])
+def test_what_the_short_way_passes_over_is_called_where_somebody_watches(watch: Callable[[Any], list[int]]) -> None:
+    policy = PPO("MlpPolicy", "CartPole-v1", device="cpu").policy
+    calls = watch(policy)
+    try:
+        with forward.short_forward(policy):
+            policy(th.zeros(1, 4))
+    finally:
+        if hasattr(policy, "handle"):
+            policy.handle.remove()
+    assert len(calls) == 1
+
+
+class CopyPolicy(BaseCallback):
+    """Copies the policy in the middle of a rollout, and trains the original on."""
+
+    def _on_step(self) -> bool:
+        if self.n_calls == 50:
+            self.copy = copy.deepcopy(self.model.policy)
+        return True
+
+
+def test_a_copy_made_during_a_rollout_is_a_copy() -> None:
+    callback = CopyPolicy()
+    model = KLipPPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu", **SMALL).learn(100, callback=callback)
+    observation = th.randn(1, 4)
+    with th.no_grad():
+        th.manual_seed(0)
+        values = callback.copy(observation)[1]
+        assert th.equal(values, callback.copy.predict_values(observation))
+        assert not th.equal(values, model.policy.predict_values(observation))
+
+
+class Breaks(gym.Wrapper):
+    """Returns a NaN after some steps, and remembers the actions that it was given."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.actions: list[Any] = []
+
+    def step(self, action: Any) -> Any:
+        self.actions.append(action)
+        observation, *rest = self.env.step(action)
+        return observation * (np.nan if len(self.actions) == 10 else 1), *rest
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_no_environment_is_given_an_action_that_is_not_finite(env_id: str) -> None:
+    for algorithm in (PPO, KLipPPO):
+        env = Breaks(gym.make(env_id))
+        model = algorithm("MlpPolicy", env, seed=0, device="cpu", **SMALL)
+        with pytest.raises(ValueError, match="nan"):
+            model.learn(100)
+        assert len(env.actions) == 10
+        assert np.isfinite(env.actions).all()
+        assert "forward" not in vars(model.policy)
+
+
+def test_spaces_that_the_fast_path_knows() -> None:
+    """Should SB3's policy change its arithmetic, the identity tests show it; here, that they still meet the fast path."""
+    for space in (spaces.Box(-1, 1, (3,)), spaces.Discrete(4)):
+
+        class Env(gym.Env):
+            observation_space = spaces.Box(-1, 1, (2,))
+            action_space = space
+
+        assert forward._is_plain_mlp(PPO("MlpPolicy", Env(), device="cpu").policy)

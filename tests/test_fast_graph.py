@@ -1,0 +1,297 @@
+"""The traced update: the bits of the eager one, used where nothing speaks against it, and left as soon as a bit differs."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.envs import FakeImageEnv
+from torch import nn
+
+from sb3_klip import IdentityCheckCallback, KLipPPO
+from sb3_klip.coefficients import available, make, register
+from sb3_klip.fast import graph
+
+SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 40, "n_epochs": 2, "seed": 0, "device": "cpu", "clip_range": 0.05}
+STEPS = 192
+
+
+@pytest.fixture(autouse=True)
+def _from_the_first_minibatch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "WARM_UP", 0)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that trains without graphs."""
+
+    def train(model: Any) -> Any:
+        with monkeypatch.context() as switched_off:
+            switched_off.setattr("sb3_klip.training.reason_against", lambda *args: "a test wants it so")
+            return model.learn(STEPS)
+
+    return train
+
+
+def model(algorithm: type[Any] = KLipPPO, env: Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    small = {"net_arch": [16], **kwargs.pop("policy_kwargs", {})}
+    return algorithm(policy, env, **{**SMALL, "policy_kwargs": small, **kwargs})
+
+
+def traced(learner: Any) -> dict[Any, Any]:
+    """The graphs of a model."""
+    return graph._GRAPHS[learner].traced if learner in graph._GRAPHS else {}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    for mine, other in zip(ours.policy.parameters(), theirs.policy.parameters(), strict=True):
+        assert mine.equal(other)
+    moments = [each.policy.optimizer.state_dict()["state"] for each in (ours, theirs)]
+    for index, state in moments[1].items():
+        assert all(state[name].equal(moments[0][index][name]) for name in state)
+
+
+class TwoBoxes(gym.ObservationWrapper):
+    """Observations in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("Pendulum-v1"))
+        box = self.env.observation_space
+        parts = {"position": slice(0, 2), "velocity": slice(2, 3)}
+        self.parts = parts
+        self.observation_space = gym.spaces.Dict(
+            {name: gym.spaces.Box(box.low[part], box.high[part]) for name, part in parts.items()}
+        )
+
+    def observation(self, observation: Any) -> Any:
+        return {name: observation[part] for name, part in self.parts.items()}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "gaussian": {},
+    "categorical": {"env": "CartPole-v1"},
+    "gsde": {"use_sde": True},
+    "squashed": {"use_sde": True, "policy_kwargs": {"squash_output": True}, "ent_coef": 0.01},
+    "dictionary": {"env": lambda: TwoBoxes(), "policy": "MultiInputPolicy"},
+    "value clipping": {"clip_range_vf": 0.1, "ent_coef": 0.01},
+    "schedules": {"clip_range": lambda p: 0.1 * p, "clip_range_vf": lambda p: 0.3 * p, "learning_rate": lambda p: 0.01 * p},
+    "target_kl": {"target_kl": 0.001, "learning_rate": 0.01},
+    "no normalization": {"normalize_advantage": False},
+    "separate extractors": {"policy_kwargs": {"share_features_extractor": False, "activation_fn": nn.ELU}},
+    "AdamW": {"policy_kwargs": {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 0.1}}},
+    "RMSprop": {"policy_kwargs": {"optimizer_class": th.optim.RMSprop}},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_are_those_of_ppo(case: str) -> None:
+    def make_model(algorithm: type[Any]) -> Any:
+        arguments = copy.copy(CASES[case])
+        if callable(arguments.get("env")):
+            arguments["env"] = arguments["env"]()
+        return model(algorithm, **arguments)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fast path")
+        ours = make_model(KLipPPO).learn(STEPS)
+    assert ours.update_path == "traced"
+    assert 1 <= len(traced(ours)) <= 2  # a graph for whole minibatches, and one for the last
+    assert_same(ours, make_model(PPO).learn(STEPS))
+
+
+@pytest.mark.parametrize("name", [name for name in available() if make(name).is_constant])
+def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Callable[..., Any]) -> None:
+    ours = model(beta=name).learn(STEPS)
+    assert ours.update_path == "traced"
+    assert traced(ours)
+    assert_same(ours, eager(model(beta=name)))
+
+
+def test_constant_coefficients_are_most_of_them() -> None:
+    assert {name for name in available() if not make(name).is_constant} == {"adaptive"}
+    assert not make("linear_ramp", width="lin_0.1").is_constant
+    assert not make("sigmoid", temperature=lambda progress: progress).is_constant
+    assert not make(lambda ratio, advantages, clip_range: ratio * 0).is_constant
+    assert not make("position", base="adaptive").is_constant
+
+
+def test_what_is_logged_is_the_same(eager: Callable[..., Any]) -> None:
+    ours, theirs = model(beta="fixed").learn(STEPS), eager(model(beta="fixed"))
+    assert ours.logger.name_to_value.pop("train/traced") == 1
+    assert theirs.logger.name_to_value.pop("train/traced") == 0
+    assert ours.logger.name_to_value == theirs.logger.name_to_value
+    assert ours.update_beta.equal(theirs.update_beta)
+
+
+def test_the_identity_check_compares_the_traced_update() -> None:
+    check = IdentityCheckCallback()
+    ours = model().learn(STEPS, callback=check)
+    assert check.identical
+    assert traced(ours)
+
+
+# -- when it pays ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_training_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "WARM_UP", 6)
+    learner = model(batch_size=64)  # two minibatches of one size in each update
+    assert not traced(learner.learn(3 * 64))
+    assert len(traced(learner.learn(64, reset_num_timesteps=False))) == 1
+
+
+def test_numbers_that_change_too_often(monkeypatch: pytest.MonkeyPatch, eager: Callable[..., Any]) -> None:
+    monkeypatch.setattr(graph, "MOST_GRAPHS", 1)
+    ours = model(ent_coef=0.01).learn(STEPS)
+    assert ours.update_path == "eager, as what the loss depends on changes too often"
+    assert ours.logger.name_to_value["train/traced"] == 0
+    assert_same(ours, eager(model(ent_coef=0.01)))
+
+
+def test_a_copy_has_graphs_of_its_own() -> None:
+    learner = model()
+    twin = copy.deepcopy(learner)
+    learner.learn(STEPS)
+    before = [parameter.clone() for parameter in learner.policy.parameters()]
+    assert not traced(twin)
+    twin.learn(STEPS)
+    assert all(a.equal(b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+
+
+# -- a difference ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", [1, 2])
+def test_a_bit_that_differs_is_found_before_a_step_is_taken(update: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first minibatch of any update, not only of the first one."""
+    trace = graph._traced
+    learner = model()
+
+    def wrong(*args: Any) -> Any:
+        right = trace(*args)
+
+        def run(*tensors: Any) -> Any:
+            gradient, *others = right(*tensors)
+            return (gradient.nextafter(th.tensor(1e9)) if learner._n_updates >= 2 * (update - 1) else gradient, *others)
+
+        return run
+
+    monkeypatch.setattr(graph, "_traced", wrong)
+    with pytest.warns(UserWarning, match=rf"does not give the bits of the eager one.*at {64 * update} steps"):
+        learner.learn(STEPS)
+    assert learner.update_path == "eager, as a graph did not give the bits of the eager update"
+    assert learner.logger.name_to_value["train/traced"] == 0
+    assert_same(learner, model(PPO).learn(STEPS))
+
+
+def test_a_schedule_that_was_baked_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rebuilt = graph._rebuilt
+
+    def baked(example: Any, update: Any, *tensors: Any) -> Any:
+        data, indices, _ = rebuilt(example, update, *tensors)
+        return data, indices, update
+
+    monkeypatch.setattr(graph, "_rebuilt", baked)
+    schedule = {"clip_range": lambda progress: 0.1 * progress}
+    learner = model(**schedule)
+    with pytest.warns(UserWarning, match="does not give the bits"):
+        learner.learn(2 * STEPS)
+    assert_same(learner, model(PPO, **schedule).learn(2 * STEPS))
+
+
+def test_convolutions_are_eager() -> None:
+    env = FakeImageEnv(screen_height=36, screen_width=36)
+    learner = model(env=env, policy="CnnPolicy", n_steps=16).learn(16)
+    assert learner.update_path == "eager, as ActorCriticCnnPolicy is not known"
+
+
+def test_what_cannot_be_traced_is_eager(eager: Callable[..., Any]) -> None:
+    """torch looks at the values that it makes one-hot vectors of."""
+    ours = model(env=gym.make("FrozenLake-v1")).learn(STEPS)
+    assert ours.update_path.startswith("eager, as it cannot be traced (")
+    assert_same(ours, eager(model(env=gym.make("FrozenLake-v1"))))
+
+
+# -- what speaks against it ------------------------------------------------------------------------------------------------
+
+
+class OwnLoss(KLipPPO):
+    """A subclass with another value loss."""
+
+    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        return 2 * super()._value_loss(returns, values, mask)
+
+
+class OwnLayer(nn.Linear):
+    """A layer that may do anything."""
+
+
+def own_layer(learner: Any) -> None:
+    learner.policy.action_net = OwnLayer(16, 1)
+    learner.policy.optimizer = th.optim.Adam(learner.policy.parameters())
+
+
+def replaced_method(learner: Any) -> None:
+    extract = learner.policy.extract_features
+    learner.policy.extract_features = lambda *args: extract(*args)
+
+
+def another_optimizer(learner: Any) -> None:
+    learner.policy.optimizer = th.optim.Adam(list(learner.policy.parameters())[1:])
+
+
+REASONS: dict[str, Callable[[Any], Any]] = {
+    "OwnLayer is not known": own_layer,
+    "has a hook": lambda learner: learner.policy.value_net.register_forward_hook(lambda *args: None),
+    "was replaced": replaced_method,
+    "is frozen": lambda learner: learner.policy.value_net.requires_grad_(False),
+    "frozen, has a hook": lambda learner: next(learner.policy.parameters()).register_hook(lambda gradient: None),
+    "not that of the policy's parameters": another_optimizer,
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons_in_the_policy(reason: str) -> None:
+    learner = model()
+    REASONS[reason](learner)
+    assert reason in learner.learn(64).update_path
+    assert not traced(learner)
+
+
+def test_reasons_in_the_algorithm() -> None:
+    @register("own")
+    def own(ratio: th.Tensor, advantages: th.Tensor, clip_range: Any) -> th.Tensor:
+        return ratio * 0
+
+    assert "a part of the loss of OwnLoss was replaced" in model(OwnLoss).learn(64).update_path
+    assert "the coefficient own may change" in model(beta="own").learn(64).update_path
+    assert "the coefficient adaptive may change" in model(beta="adaptive").learn(64).update_path
+    patched = model()
+    patched._value_loss = lambda *args: KLipPPO._value_loss(patched, *args)
+    assert "was replaced" in patched.learn(64).update_path
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: th.autocast("cpu", dtype=th.bfloat16),
+    "anomaly detection": lambda: th.autograd.set_detect_anomaly(True),
+    "a profiler": lambda: th.autograd.profiler.profile(),
+    "a mode of torch's functions": lambda: th.device("cpu"),
+}
+
+
+@pytest.mark.parametrize("reason", CONTEXTS)
+def test_reasons_in_torch(reason: str) -> None:
+    learner = model()
+    learner.learn(64)
+    with CONTEXTS[reason]():
+        assert reason in graph.reason_against(learner, learner.beta)
+    assert graph.reason_against(learner, learner.beta) == ""
+
+
+def test_the_path_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    model(verbose=1).learn(STEPS)
+    assert capsys.readouterr().out.count("The update is traced") == 1

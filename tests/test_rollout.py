@@ -1,0 +1,78 @@
+"""The minibatches of a rollout, and the position of each sample in its episode."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers import FAST, pendulum
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_klip import KLipPPO
+from sb3_klip.rollout import episode_positions, indexed_minibatches
+
+
+def test_positions_by_hand():
+    starts = np.array([[1, 0], [0, 0], [0, 1], [1, 0]])
+    positions, carried = episode_positions(starts, np.array([9, 4]))
+    assert positions.T.tolist() == [[0, 1, 2, 0], [4, 5, 0, 1]]
+    assert carried.tolist() == [1, 2]
+
+
+def test_a_buffer_that_keeps_its_indices_to_itself():
+    class OwnSamples(RolloutBuffer):
+        def get(self, batch_size=None):
+            for samples in list(super().get(batch_size)):
+                yield samples._replace()
+
+    class OwnGet(RolloutBuffer):
+        def get(self, batch_size=None):
+            other = RolloutBuffer(self.buffer_size, self.observation_space, self.action_space, self.device)
+            vars(other).update({key: value for key, value in vars(self).items() if key != "_get_samples"})
+            yield from other.get(batch_size)
+
+    for beta in ("step", "position", "trust_region"):
+        KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnSamples, beta=beta).learn(64)
+    KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnGet).learn(64)
+    for beta in ("position", "trust_region"):
+        with pytest.raises(ValueError, match=r"OwnGet\.get does not take its samples from _get_samples"):
+            KLipPPO("MlpPolicy", pendulum(), **FAST, rollout_buffer_class=OwnGet, beta=beta).learn(64)
+
+
+def test_positions_after_loading_with_other_environments(tmp_path):
+    model = KLipPPO("MlpPolicy", make_vec_env("CartPole-v1", 3), **FAST, beta="position").learn(192)
+    model.save(tmp_path / "model")
+    KLipPPO.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2)).learn(128)
+
+
+@pytest.mark.parametrize("beta", ["step", "position"])
+def test_a_users_own_get_samples_on_the_buffer_is_called_and_stays(beta):
+    model = KLipPPO("MlpPolicy", pendulum(), seed=0, **FAST, beta=beta)
+    buffer, places = model.rollout_buffer, []
+    original = buffer._get_samples
+
+    def watching(batch_inds, env=None):
+        places.append(batch_inds)
+        return original(batch_inds, env)
+
+    buffer._get_samples = watching
+    model.learn(64)
+    assert len(places) == FAST["n_epochs"] * 2
+    assert sorted(np.concatenate(places[:2])) == list(range(64))
+    assert buffer._get_samples is watching
+    model.learn(64)
+    assert len(places) == 2 * FAST["n_epochs"] * 2
+
+
+def test_minibatches_of_sb3s_buffer_are_its_own():
+    """What is read from its arrays at once is what it hands out itself, with the same random numbers."""
+    model = KLipPPO("MlpPolicy", make_vec_env("CartPole-v1", 3, seed=0), seed=0, **FAST).learn(192)
+    buffer = model.rollout_buffer
+    np.random.seed(0)
+    theirs = list(buffer.get(50))
+    np.random.seed(0)
+    ours = list(indexed_minibatches(buffer, 50))
+    for samples, (found, indices) in zip(theirs, ours, strict=True):
+        assert type(found) is type(samples)
+        for name in samples._fields:
+            assert th.equal(getattr(found, name), getattr(samples, name)), name
+        assert th.equal(th.from_numpy(buffer.values.flatten())[indices], samples.old_values)

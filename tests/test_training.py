@@ -1,0 +1,178 @@
+"""The update: what coefficients are told, what they do to training, and what is refused in the middle of it."""
+
+import math
+
+import pytest
+import torch as th
+from helpers import FAST, assert_identical, cartpole, pendulum, state_tensors, train
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.torch_layers import FlattenExtractor
+
+from sb3_klip import KLipPPO
+from sb3_klip.coefficients import available, register
+
+# -- steps that are not finite ---------------------------------------------------------------------------------------------
+
+
+def overflowing_model(algorithm, advantage):
+    """A filled rollout whose first sample has an importance ratio that overflows."""
+    model = algorithm("MlpPolicy", pendulum(), seed=0, **FAST, normalize_advantage=False)
+    model._setup_learn(64)
+    model.collect_rollouts(model.env, model._init_callback(None), model.rollout_buffer, 64)
+    model.rollout_buffer.log_probs[5] -= 200.0
+    model.rollout_buffer.advantages[5] = advantage
+    return model
+
+
+def test_overflow_of_a_removed_sample():
+    """PPO's parameters become NaN although the sample is clipped; ours do not."""
+    theirs, ours = overflowing_model(PPO, 1.0), overflowing_model(KLipPPO, 1.0)
+    with pytest.raises(ValueError, match="nan"):  # from torch's distributions, once the parameters are NaN
+        theirs.train()
+    ours.train()
+    assert all(tensor.isfinite().all() for tensor in state_tensors(ours).values())
+
+
+def test_overflow_of_a_sample_that_passes():
+    model = overflowing_model(KLipPPO, -1.0)
+    before = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"the importance ratio of a sample that the coefficient lets through is inf"
+    ) as error:
+        model.train()
+    assert "beta=step()" in str(error.value)
+    assert "epoch 0, minibatch" in str(error.value)
+    assert all(th.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+    model.policy.optimizer.step()  # no moment is NaN
+    assert all(tensor.isfinite().all() for tensor in state_tensors(model).values())
+
+
+def test_a_coefficient_that_turns_nan_is_named():
+    calls = []
+
+    def failing(ratio, advantages, clip_range):
+        calls.append(len(ratio))
+        return th.full_like(ratio, math.nan if len(calls) > 10 else 0.0)
+
+    model = KLipPPO("MlpPolicy", pendulum(), seed=0, **FAST, beta=failing)
+    with pytest.raises(ValueError, match=r"failing.*the removal of the coefficient is nan"):
+        model.learn(640)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_divergence_is_reported_by_its_cause():
+    """With no trust region and a huge learning rate the policy collapses; the error is ours, and not torch's."""
+    model = KLipPPO("MlpPolicy", pendulum(), seed=0, **{**FAST, "learning_rate": 100.0, "n_epochs": 20}, beta="none")
+    with pytest.raises(ValueError, match=r"KLipPPO with beta=none.* stopped at \d+ steps"):
+        model.learn(6400)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_wrong_shape_in_training_is_refused():
+    def shrinking(ratio, advantages, clip_range):
+        return th.zeros_like(ratio) if len(ratio) == 8 else ratio[1:]
+
+    with pytest.raises(ValueError, match=r"has shape \(31,\).*expected a tensor of shape \(32,\)"):
+        KLipPPO("MlpPolicy", pendulum(), **FAST, beta=shrinking).learn(64)
+
+
+# -- what coefficients do to training --------------------------------------------------------------------------------------
+
+
+def test_ratio_deviation_ends_the_inner_loop(capsys):
+    kwargs = {**FAST, "learning_rate": 3e-2, "n_epochs": 10, "verbose": 1}
+    model, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **kwargs, beta="espo")
+    assert model._n_updates < 10
+    assert "Early stopping at step" in capsys.readouterr().out
+    model, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **kwargs, beta="none")
+    assert model._n_updates == 10
+
+
+def test_quadratic_holds_the_clip_range_above_zero():
+    with pytest.warns(UserWarning, match="clip_range=-0.1 is held at 0.0001 for beta=quadratic"):
+        train(KLipPPO, "MlpPolicy", cartpole, 128, **FAST, beta="quadratic", clip_range=lambda progress: progress - 0.1)
+
+
+def test_scheduled_parameter_follows_training():
+    seen = []
+
+    def watching(ratio, advantages, clip_range, progress, *, width=0.5):
+        seen.append((round(progress, 2), width))
+        return th.zeros_like(ratio)
+
+    model = KLipPPO("MlpPolicy", cartpole(), **FAST, beta=watching, beta_kwargs={"width": "lin_1.0"})
+    seen.clear()
+    model.learn(256)
+    assert sorted(set(seen)) == [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize("name", ["fixed", "trust_region", "truly", "adaptive"])
+def test_a_tighter_penalty_keeps_the_policy_nearer(name):
+    parameter, loose, tight = {
+        "fixed": ("value", 0.0, 100.0),
+        "adaptive": ("initial", 1e-4, 1e4),
+        "trust_region": ("delta", 1.0, 1e-4),
+        "truly": ("alpha", 0.0, 100.0),
+    }[name]
+    distances = []
+    for value in (loose, tight):
+        _, logs = train(
+            KLipPPO, "MlpPolicy", pendulum, 64, **{**FAST, "n_epochs": 10, "learning_rate": 1e-2},
+            beta=name, beta_kwargs={parameter: value}, log_kl=True,
+        )  # fmt: skip
+        distances.append(logs.column("train/kl")[0])
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_adaptive_logs_its_weight():
+    model, logs = train(KLipPPO, "MlpPolicy", pendulum, 320, **FAST, beta="adaptive")
+    weights, divergences = logs.column("train/beta_scalar"), logs.column("train/kl")
+    assert weights[0] == 1.0
+    for before, kl, after in zip(weights, divergences, [*weights[1:], model.beta.state_dict()["value"]], strict=True):
+        assert after == pytest.approx(before * (2 if kl > 0.03 else 0.5 if kl < 0.02 / 1.5 else 1))
+    assert len(set(weights)) > 1
+
+
+def test_registered_coefficient_of_a_users_own():
+    @register("half")
+    def half(ratio, advantages, clip_range):
+        return th.full_like(ratio, 0.5)
+
+    model, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **FAST, beta="half")
+    reference, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **FAST, beta="smoothing", beta_kwargs={"alpha": 0.5})
+    ours, theirs = state_tensors(model), state_tensors(reference)
+    assert all(th.equal(ours[key], theirs[key]) for key in theirs)
+
+
+class Drawing(RolloutBuffer):
+    """A buffer that draws with torch when it is asked for samples."""
+
+    def _get_samples(self, batch_inds, env=None):
+        th.rand(1)
+        return super()._get_samples(batch_inds, env)
+
+
+def test_measuring_the_divergence_draws_nothing_of_what_a_buffer_draws():
+    """Nor from any other generator."""
+    models = [
+        KLipPPO("MlpPolicy", pendulum(), seed=0, **FAST, rollout_buffer_class=Drawing, log_kl=log_kl).learn(192)
+        for log_kl in (False, True)
+    ]
+    assert_identical(*models)
+
+
+class Double(FlattenExtractor):
+    """Features in double precision."""
+
+    def forward(self, observations):
+        return super().forward(observations).double()
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_coefficient_trains_a_policy_of_double_precision(name):
+    kwargs = {**FAST, "policy_kwargs": {"features_extractor_class": Double}}
+    model = KLipPPO("MlpPolicy", pendulum(), seed=0, **kwargs, beta=name)
+    model.policy.double()
+    model.learn(128)
+    assert all(parameter.dtype == th.float64 and parameter.isfinite().all() for parameter in model.policy.parameters())

@@ -1,0 +1,57 @@
+"""Hyperparameters in RL Zoo: the zoo's own with ours laid over them."""
+
+import importlib
+import importlib.resources
+import json
+from pathlib import Path
+
+import pytest
+import rl_zoo3
+import rl_zoo3.train
+import yaml
+from stable_baselines3 import PPO
+
+from sb3_klip import KLipPPO, zoo
+from sb3_klip.zoo import hyperparameters
+from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs
+
+
+def test_our_file_changes_nothing_as_shipped():
+    zoos = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo.yml").read_text())
+    assert "Hopper-v4" in zoos
+    assert zoo.overlaid_hyperparams("ppo", "klip_ppo") == zoos
+
+
+def test_our_file_is_merged_key_by_key(tmp_path, monkeypatch):
+    zoos = zoo.overlaid_hyperparams("ppo", "klip_ppo")
+    overlay = "Hopper-v4:\n  beta: none\n  n_epochs: 7\nMyTask-v0:\n  beta: none\n"
+    (tmp_path / "klip_ppo.yml").write_text(overlay)
+    monkeypatch.setattr(importlib.import_module("sb3_klip.hyperparams"), "__path__", [str(tmp_path)])
+    merged = zoo.overlaid_hyperparams("ppo", "klip_ppo")
+    assert merged.pop("Hopper-v4") == {**zoos.pop("Hopper-v4"), "beta": "none", "n_epochs": 7}
+    assert merged.pop("MyTask-v0") == {**zoos["default"], "beta": "none"}
+    assert merged == zoos
+
+
+@pytest.mark.parametrize("name", ["klip_ppo", "paper"])
+def test_each_reading_of_a_module_gives_a_new_dictionary(name):
+    # RL Zoo deletes keys from what it is given, so that a second training in one process would find them gone.
+    module = importlib.import_module(f"sb3_klip.hyperparams.{name}")
+    before = json.dumps(module.hyperparams)
+    module.hyperparams["Hopper-v4"].clear()
+    module.hyperparams.clear()
+    assert json.dumps(module.hyperparams) == before
+
+
+@pytest.mark.parametrize("given", ["dict(width=0.1)", "{'width': 0.1}", {"width": 0.1}])
+def test_beta_kwargs_may_be_written_in_python(given):
+    hyperparams = {"beta": "linear_ramp", "beta_kwargs": given}
+    evaluate_beta_kwargs(hyperparams)
+    assert hyperparams == {"beta": "linear_ramp", "beta_kwargs": {"width": 0.1}}
+
+
+def test_hyperparameters_are_those_of_the_algorithm_and_of_the_zoo():
+    ours, theirs = hyperparameters(KLipPPO), hyperparameters(PPO)
+    assert ours - theirs == {"beta", "beta_kwargs", "log_kl", "compile"}
+    assert {"n_envs", "normalize", "learning_rate"} <= theirs <= ours
+    assert not {"env", "seed", "verbose"} & ours
