@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+import rl_zoo3.import_envs  # noqa: F401  # registers the environments without velocities
 import torch as th
 from helpers import (
     SABOTAGE,

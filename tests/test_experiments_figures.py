@@ -2,9 +2,17 @@
 
 import re
 
+import pytest
 from small_suites import made_up_result, write_results
 
+from sb3_klip.experiments import report
 from sb3_klip.experiments.__main__ import main
+
+
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch):
+    """The bootstrap takes the time."""
+    monkeypatch.setattr(report, "RESAMPLES", 200)
 
 
 def test_figures_of_the_paper_suite(tmp_path):

@@ -19,6 +19,13 @@ from sb3_klip.experiments.results import POINTS
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch, request):
+    """The bootstrap takes the time, and no test but that of the committed reports looks at its last digits."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(report, "RESAMPLES", 200)
+
+
 def table(text: str, after: str) -> list[list[str]]:
     """The rows of the first table after some text, without its header."""
     rows = text[text.index(after) :].split("\n| ", 1)[1].split("\n\n")[0].splitlines()[2:]
