@@ -150,7 +150,7 @@ class Case(NamedTuple):
         settings = {
             "n_steps": STEPS,
             "batch_size": 20,
-            "n_epochs": 3,
+            "n_epochs": 2 if self.is_recurrent else 3,
             "learning_rate": 0.01,
             "clip_range": 0.05,
             "seed": 0,
@@ -885,6 +885,15 @@ def pickles(case: Case, how: Any) -> Any:
     model.set_logger(configure(None, []))
     again = how.loads(cloudpickle.dumps(model))
     return policy.state_dict(), again.learn(STEPS, reset_num_timesteps=False), model.learn(STEPS, reset_num_timesteps=False)
+
+
+@scenario()
+def a_pickle_after_a_callback_that_has_none(case: Case) -> Any:
+    stop = Stop(2 * STEPS)
+    stop.lock = threading.Lock()  # type: ignore[attr-defined]
+    model = case.model().learn(STEPS, callback=stop)
+    model.set_logger(configure(None, []))
+    return cloudpickle.loads(cloudpickle.dumps(model)).learn(STEPS, reset_num_timesteps=False)
 
 
 @scenario()

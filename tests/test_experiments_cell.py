@@ -138,6 +138,7 @@ def test_columns_of_a_log_through_rl_zoo(finished):
         assert ({"train/kill_fraction", *(f"train/beta_p{level:02}" for level in PERCENTILES)} <= set(log)) == ours
 
 
+@pytest.mark.slow
 def test_hyperparameters_in_a_file_beside_the_suite(tmp_path, monkeypatch):
     """Whatever the folder that the command is typed in; and the recorded command needs nothing outside the suite's folder."""
     entry = {"policy": "MlpPolicy", "n_timesteps": 128, "n_steps": 64, "n_epochs": 1, "learning_rate": 0.012}

@@ -15,6 +15,7 @@ def _few_resamples(monkeypatch):
     monkeypatch.setattr(report, "RESAMPLES", 200)
 
 
+@pytest.mark.slow
 def test_figures_of_the_paper_suite(tmp_path):
     results = [
         made_up_result(task, "step", seed, 2000 + 97 * seed**2) for task in ("Hopper-v4", "Ant-v4") for seed in range(5)

@@ -87,22 +87,26 @@ class Graphs(BaseCallback):
         self.counts.append(th._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-FEW = ("step", "trust_region", "adaptive")
+FEW = ("step", "adaptive")
 
 
 @pytest.mark.parametrize(
     ("beta", "beta_kwargs"),
     [
         ("step", {}),
-        ("trust_region", {}),
         ("adaptive", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in available() if name not in FEW),
         ("linear_ramp", {"width": "lin_0.1"}),
-        ("smoothing", {"alpha": "lin_0.1"}),
-        ("soft_adaptive", {"tau_pos": "lin_3"}),
-        ("fixed", {"value": "lin_2", "estimator": "k3"}),
-        ("position", {"end": "lin_2"}),
-        ("espo", {}),
+        *(
+            pytest.param(name, kwargs, marks=pytest.mark.slow)
+            for name, kwargs in (
+                ("smoothing", {"alpha": "lin_0.1"}),
+                ("soft_adaptive", {"tau_pos": "lin_3"}),
+                ("fixed", {"value": "lin_2", "estimator": "k3"}),
+                ("position", {"end": "lin_2"}),
+                ("espo", {}),
+            )
+        ),
     ],
 )
 def test_nothing_is_compiled_anew_for_every_update(beta: str, beta_kwargs: dict[str, Any]) -> None:

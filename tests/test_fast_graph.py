@@ -103,7 +103,14 @@ def test_the_bits_are_those_of_ppo(case: str) -> None:
     assert_same(ours, make_model(PPO).learn(STEPS))
 
 
-@pytest.mark.parametrize("name", [name for name in available() if make(name).is_constant])
+#: Of each kind one: the clip itself, one that looks at the KL divergence, one with a weight, and one that looks at positions.
+FEW = ("step", "trust_region", "fixed", "position")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in available() if make(name).is_constant],
+)
 def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Callable[..., Any]) -> None:
     ours = model(beta=name).learn(STEPS)
     assert ours.update_path == "traced"

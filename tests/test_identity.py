@@ -316,7 +316,21 @@ CONTRIB = {
 }
 
 
-@pytest.mark.parametrize(("variant", "case"), [(v, case) for v in CONTRIB for case in CONTRIB[v][2]])
+#: What the drop-in scenarios of every variant do not do as well, and one of each kind of what they do.
+QUICK = {
+    *("discrete", "discrete_minibatch_60", "wrapper", "several_environments", "target_kl"),
+    *("box", "minibatch_50", "vec_normalize", "gsde", "shared_lstm", "two_layers"),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    [
+        pytest.param(variant, case, marks=() if case in QUICK else pytest.mark.slow)
+        for variant in CONTRIB
+        for case in CONTRIB[variant][2]
+    ],
+)
 def test_state_after_training_is_that_of_the_class_of_sb3_contrib(variant, case):
     ours, theirs, cases, defaults = CONTRIB[variant]
     make_env, changes = cases[case]

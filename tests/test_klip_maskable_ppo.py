@@ -33,6 +33,7 @@ def test_divergence_is_over_allowed_actions():
     assert logs.column("train/kl")[-1] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_masked_learning_prediction_and_evaluation(tmp_path):
     """The example of sb3-contrib's documentation, with its budget and its threshold."""
     env = InvalidActionEnvDiscrete(dim=80, n_invalid_actions=60)

@@ -133,6 +133,7 @@ def expected_report(ppo_agent: Path) -> str:
     return f"{REPORT}{mean:.2f} +/- {std:.2f}\n"
 
 
+@pytest.mark.slow
 def test_an_agent_of_another_version_first_shows_what_it_can_do(ppo_agent, reported):
     before, report, after = reported.output.partition(expected_report(ppo_agent))
     assert report
@@ -788,6 +789,7 @@ def test_from_the_hub_and_back(pushed, env_id, tmp_path, monkeypatch):
     assert f"Loading logs/klip_ppo/{env_id}_1/{env_id}.zip" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["push_to_hub", "load_from_hub"])
 def test_scripts_for_the_hub_know_our_algorithms(tmp_path, script):
     usage = python("-m", f"rl_zoo3.{script}", "--help", cwd=tmp_path).stdout

@@ -79,7 +79,11 @@ class Checkpoints(OnPolicyAlgorithm):
             raise
 
     def train(self) -> None:
-        """Update the policy on the current rollout."""
+        """
+        Update the policy on the current rollout, see :mod:`sb3_klip.training`.
+
+        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        """
         self._boundary = None
         super().train()
         self._boundary = Boundary.now(self)
@@ -124,6 +128,11 @@ class Checkpoints(OnPolicyAlgorithm):
                 stacklevel=5,
             )
         return end - self.num_timesteps
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy does not take the callbacks of the running call of learn along, which may well not be copied, or pickled.
+        of_the_call = ("_callback", "_fingerprints", "_at_boundaries")
+        return {name: value for name, value in vars(self).items() if name not in of_the_call}
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

@@ -135,12 +135,13 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
     constants = _constants(update)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, *update.coefficient.settings.items())
-    structure = (update.coefficient.name, *map(id, model.policy.modules()), *map(id, parameters))
-    is_compared = False
+    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient))
+    structure = (*map(id, model.policy.modules()), *map(id, parameters))
+    compared = set()
+    if len(graphs.uses) > 1000:  # numbers that change with every update
+        graphs.uses.clear()
 
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
-        nonlocal is_compared
         asked = indices if update.snapshot is not None or update.positions is not None else None
         rows = _rows(rollout_data, asked)
         key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
@@ -158,8 +159,8 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
                 graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
                 return model._loss(rollout_data, indices, update)
         run = functools.partial(_run, graphs.traced[key], parameters, constants)
-        if not is_compared:
-            is_compared = True
+        if key not in compared:
+            compared.add(key)
             for data in (rollout_data, _with_ratios_on_all_sides(rollout_data)):
                 loss, minibatch = model._loss(data, indices, update)
                 eager = (th.autograd.grad(loss, parameters), minibatch)
