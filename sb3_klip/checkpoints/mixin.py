@@ -80,7 +80,7 @@ class Checkpoints(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """
-        Update the policy on the current rollout, see :mod:`sb3_klip.training`.
+        Update the policy on the current rollout, see ``sb3_klip/training.py``.
 
         :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
         """

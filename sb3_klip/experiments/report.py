@@ -101,11 +101,11 @@ def identity_table(frame: pd.DataFrame) -> pd.DataFrame:
     PPO against ``step``: whether all episodes of training have the same returns and lengths, in the same order.
 
     :param frame: one row per cell
-    :return: one row per task and seed that both have run
+    :return: one row per task and seed that both have run, on processors of the same name: others round differently
     """
-    columns = ["task", "seed", "episodes", "episodes_sha256"]
+    columns = ["task", "seed", "processor", "episodes", "episodes_sha256"]
     ppo, step = (frame.loc[frame["method"] == method, columns] for method in ("ppo", REFERENCE))
-    both = ppo.merge(step, on=["task", "seed"], suffixes=("", "_step"))
+    both = ppo.merge(step, on=["task", "seed", "processor"], suffixes=("", "_step"))
     both["identical"] = np.where(both["episodes_sha256"] == both["episodes_sha256_step"], "yes", "**no**")
     return both[["task", "seed", "episodes", "identical"]]
 
@@ -113,8 +113,8 @@ def identity_table(frame: pd.DataFrame) -> pd.DataFrame:
 def _identity_text(identity: pd.DataFrame) -> str:
     equal = int(identity["identical"].eq("yes").sum())
     text = (
-        f"In {equal} of {len(identity)} pairs with the same task and seed, the episode logs are identical: every episode of "
-        "training has the same return and length, to the last digit."
+        f"In {equal} of {len(identity)} pairs with the same task, seed and processor, the episode logs are identical: every "
+        "episode of training has the same return and length, to the last digit."
     )
     if equal == len(identity):
         text += " Where PPO was not run, its numbers are those of `step`."
