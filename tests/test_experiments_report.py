@@ -211,6 +211,23 @@ def test_refuses_a_damaged_description(tmp_path, capsys, content):
     assert f"{folder / 'suite.json'} is damaged: " in capsys.readouterr().err
 
 
+def test_only_trainings_on_one_kind_of_processor_are_compared():
+    """Others round differently, so that a difference says nothing."""
+    cells = [
+        {"task": "Hopper-v4", "method": method, "seed": seed, "processor": processor, "episodes": 3, "episodes_sha256": digest}
+        for method, seed, processor, digest in (
+            ("ppo", 0, "one", "a"),
+            ("step", 0, "one", "a"),
+            ("ppo", 1, "one", "b"),
+            ("step", 1, "another", "c"),
+            ("ppo", 2, "one", "d"),
+            ("step", 2, "one", "e"),
+        )
+    ]
+    table = report.identity_table(pd.DataFrame(cells))
+    assert table[["seed", "identical"]].values.tolist() == [[0, "yes"], [2, "**no**"]]
+
+
 def test_committed_results_are_read_and_identical():
     """What the README shows is made from these."""
     for folder in sorted(Path(__file__).parents[1].glob("results/*/suite.json")):
