@@ -6,17 +6,12 @@ The update that all variants share: PPO's inner loop, with the per-sample KL sur
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import explained_variance
-from torch.nn import functional as F
 
 from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
@@ -24,9 +19,9 @@ from sb3_klip.divergence import PolicySnapshot, scatter_to_mask
 from sb3_klip.fast.compiling import compiled_loss
 from sb3_klip.fast.graph import given_up, graph_loss, reason_against
 from sb3_klip.fast.optimizer import Step, optimizer_step
-from sb3_klip.reproducibility import read_generators, set_generators
-from sb3_klip.rollout import episode_positions, indexed_minibatches, rollout_copy
-from sb3_klip.surrogate import kl_estimate, masked_mean, per_sample_kl
+from sb3_klip.rollout import episode_positions, indexed_minibatches
+from sb3_klip.seam import Seam
+from sb3_klip.surrogate import masked_mean, per_sample_kl
 
 #: What a clip range that a schedule takes to 0 and below is held at, for coefficients that divide by it.
 SMALLEST_CLIP_RANGE = 1e-4
@@ -50,30 +45,9 @@ class Update(NamedTuple):
     positions: th.Tensor | None
 
 
-class EvaluatedSamples(NamedTuple):
+class PerSampleKLTraining(Seam):
     """
-    A minibatch that the policy has just evaluated.
-
-    :param rollout_data: the samples, as the buffer hands them out
-    :param indices: their places in the flattened rollout
-    :param mask: samples that count; None if all do
-    :param log_prob: log π(a|s) under the present policy
-    :param advantages: advantage Â, as the loss sees it
-    """
-
-    rollout_data: Any
-    indices: th.Tensor
-    mask: th.Tensor | None
-    log_prob: th.Tensor
-    advantages: th.Tensor
-
-
-class PerSampleKLTraining(OnPolicyAlgorithm):
-    """
-    ``train()`` of the subclasses of SB3's and sb3-contrib's PPO.
-
-    What differs between those is in four small methods, here as in SB3's ``PPO``: :meth:`_evaluate_actions`,
-    :meth:`_valid_steps`, :meth:`_normalize_advantages` and :meth:`_value_loss`.
+    ``train()`` of the subclasses of SB3's and sb3-contrib's PPO, which differ in what :class:`~sb3_klip.seam.Seam` has.
     """
 
     # Arguments of the constructor, see sb3_klip.algorithm.
@@ -88,34 +62,9 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
     update_path: str = ""
     # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
-    batch_size: Any
     clip_range: Any
     clip_range_vf: Any
-    normalize_advantage: bool
     target_kl: float | None
-
-    # -- the seam between the variants ---------------------------------------------------------------------------------
-
-    def _evaluate_actions(
-        self, rollout_data: RolloutBufferSamples, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Values, log-probabilities and entropy (None if it has no closed form) under the current policy."""
-        return self.policy.evaluate_actions(rollout_data.observations, actions)
-
-    def _valid_steps(self, rollout_data: RolloutBufferSamples) -> th.Tensor | None:
-        """Boolean mask of the samples that count; None if all do."""
-        return None
-
-    def _normalize_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-        """Advantages with mean 0 and standard deviation 1; a single sample, which has none, is left as it is."""
-        valid = advantages if mask is None else advantages[mask]
-        if len(valid) <= 1:
-            return advantages
-        return (advantages - valid.mean()) / (valid.std() + 1e-8)
-
-    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-        """Mean squared error of the value function."""
-        return F.mse_loss(returns, values)
 
     # -- the update ----------------------------------------------------------------------------------------------------
 
@@ -301,11 +250,6 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
             return True
         return False
 
-    def _actions(self, rollout_data: RolloutBufferSamples) -> th.Tensor:
-        """Actions as the policy takes them; the buffer holds discrete ones as floats."""
-        actions = rollout_data.actions
-        return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
-
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
     def _quantities(
@@ -318,77 +262,6 @@ class PerSampleKLTraining(OnPolicyAlgorithm):
         if update.positions is not None:
             quantities["position"] = scatter_to_mask(update.positions[self._known(indices)].to(dtype), mask)
         return quantities
-
-    def _known(self, indices: th.Tensor | None) -> th.Tensor:
-        """Indices of a minibatch, which a user's rollout buffer may keep to itself."""
-        if indices is None:
-            raise ValueError(
-                f"{type(self.rollout_buffer).__name__}.get does not take its samples from _get_samples, so what "
-                f"beta={self.beta!r} asks to know of each sample cannot be told"
-            )
-        return indices
-
-    def evaluate_rollout(self, buffer: Any = None) -> Iterator[EvaluatedSamples]:
-        """
-        All samples of a rollout once, each minibatch right after the policy has evaluated it.
-
-        Draws no random numbers that the update would draw.
-
-        :param buffer: the rollout; the model's own by default
-        :raises ValueError: if the rollout's buffer does not tell which samples it hands out
-        """
-        self.policy.set_training_mode(False)
-        generators = read_generators()  # a buffer of the user's own may draw from any of them
-        for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, self.batch_size):
-            with th.no_grad():
-                _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
-            mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
-            if self.normalize_advantage:
-                advantages = self._normalize_advantages(advantages, mask)
-            yield EvaluatedSamples(rollout_data, self._known(indices), mask, log_prob, advantages)
-        set_generators(generators)
-        self.policy.set_training_mode(True)
-
-    def take_snapshot(self) -> PolicySnapshot:
-        """The policy's distribution at every sample of the rollout; one forward pass."""
-        snapshot = PolicySnapshot(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs)
-        for samples in self.evaluate_rollout():
-            snapshot.store(samples.indices, samples.mask, self.policy)
-        return snapshot
-
-    def _rollout_kl(self, snapshot: PolicySnapshot | None) -> float:
-        """Mean of KL(π_old ‖ π_new) over the rollout, in closed form, or without a snapshot by k3; one forward pass."""
-        total, count = 0.0, 0
-        for samples in self.evaluate_rollout():
-            if snapshot is None:
-                kl = kl_estimate("k3", samples.log_prob, samples.rollout_data.old_log_prob)
-            else:
-                kl = snapshot.kl(samples.indices, samples.mask, self.policy)
-            total += (kl if samples.mask is None else kl[samples.mask]).sum().item()
-            count += len(samples.indices)
-        return total / count
-
-    def base_twin(self) -> Any:
-        """
-        A model of the class that this one is a drop-in for, about to make the same update, with a policy of its own.
-
-        To be asked for between the rollout and its update. Nothing that the twin's ``train`` does changes this model, but for
-        the random numbers that it draws.
-
-        :return: the twin, which logs nothing
-        """
-        order = type(self).__mro__
-        twin = copy.copy(self)
-        twin.__class__ = order[order.index(PerSampleKLTraining) + 1]
-        # The distribution that the policy holds may be in an autograd graph; each evaluation replaces it.
-        action_dist = self.policy.action_dist
-        twin.policy = copy.deepcopy(self.policy, {id(action_dist): copy.copy(action_dist)})
-        twin.rollout_buffer = rollout_copy(self.rollout_buffer)
-        twin.set_logger(Logger(None, []))
-        twin.verbose = 0
-        # SB3 does so between the rollout and the update.
-        twin._update_current_progress_remaining(twin.num_timesteps, twin._total_timesteps)
-        return twin
 
     def _tensor(self, value: float) -> th.Tensor:
         return th.tensor(value, dtype=th.float32, device=self.device)
