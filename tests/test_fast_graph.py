@@ -22,6 +22,7 @@ STEPS = 192
 
 @pytest.fixture(autouse=True)
 def _from_the_first_minibatch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "ENABLED", True)
     monkeypatch.setattr(graph, "WARM_UP", 0)
 
 

@@ -25,7 +25,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import available, make
-from sb3_klip.fast.graph import WARM_UP
+from sb3_klip.fast.graph import ENABLED, WARM_UP
 
 #: Numbers in an observation and an action.
 TASKS = {"Hopper": (11, 3), "HalfCheetah": (17, 6), "Ant": (27, 8), "Humanoid": (376, 17)}
@@ -120,7 +120,7 @@ def timing(model: BaseAlgorithm) -> Callable[[], float]:
 
     # Not counted: the first updates make the optimizer's state, and compile, or trace their graphs.
     minibatches = model.n_epochs * -(-buffer.buffer_size // model.batch_size)  # type: ignore[attr-defined]
-    for _ in range(1 + -(-WARM_UP // minibatches) * isinstance(model, KLipPPO)):
+    for _ in range(1 + -(-WARM_UP // minibatches) * (ENABLED and isinstance(model, KLipPPO))):
         timed()
     return timed
 

@@ -48,6 +48,10 @@ WARM_UP = 300
 #: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
 MOST_GRAPHS = 16
 
+#: Off until it is known why a graph of 256-256 networks, on one kind of processor, now and then rounds otherwise than the eager
+#: update: the comparison has found it at the first minibatch of an update, and would not find it at another one.
+ENABLED = False
+
 _TRACING = threading.Lock()
 
 
@@ -72,6 +76,8 @@ def reason_against(model: Any, coefficient: Any) -> str:
     :param coefficient: its coefficient
     :return: the reason, for people; empty if there is none
     """
+    if not ENABLED:
+        return "traced updates are switched off"
     if reason := given_up(model):
         return reason
     if model.device.type != "cpu":
