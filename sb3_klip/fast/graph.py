@@ -48,8 +48,8 @@ WARM_UP = 300
 #: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
 MOST_GRAPHS = 16
 
-#: Off until it is known why a graph of 256-256 networks, on one kind of processor, now and then rounds otherwise than the eager
-#: update: the comparison has found it at the first minibatch of an update, and would not find it at another one.
+#: Off until it is known why a graph of 256-256 networks now and then rounds otherwise than the eager update (seen on an AMD
+#: EPYC): the comparison has found it at the first minibatch of an update, and would not find it at another one.
 ENABLED = False
 
 _TRACING = threading.Lock()
