@@ -1137,6 +1137,7 @@ def another_process(case: Case, method: str) -> Any:
     case.trained()  # what this process has done must not get in the way
     process = multiprocessing.get_context(method).Process(target=learn_and_send, args=(case, sender))
     process.start()
+    sender.close()  # so that a child that dies ends this wait
     received = pickle.loads(receiver.recv())
     process.join()
     return received
