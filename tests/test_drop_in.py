@@ -1272,7 +1272,6 @@ def test_same_as_the_base_class(name: str, variant: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(("name", "variant"), **ids([case for case in CASES if case[1].base != "RecurrentPPO"]))
 def test_same_on_the_traced_path(name: str, variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings above are too short for graphs; here these are used from the first minibatch on."""
-    monkeypatch.setattr(graph, "ENABLED", True)
     monkeypatch.setattr(graph, "WARM_UP", 0)
     check(name, variant, tmp_path)
 

@@ -22,7 +22,6 @@ STEPS = 192
 
 @pytest.fixture(autouse=True)
 def _from_the_first_minibatch_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "ENABLED", True)
     monkeypatch.setattr(graph, "WARM_UP", 0)
 
 
@@ -75,6 +74,8 @@ class TwoBoxes(gym.ObservationWrapper):
 CASES: dict[str, dict[str, Any]] = {
     "gaussian": {},
     "categorical": {"env": "CartPole-v1"},
+    # So wide that a product of matrices is added up in blocks, and a bias that is added afterwards rounds otherwise.
+    "wide": {"policy_kwargs": {"net_arch": [256, 256], "ortho_init": False}},
     "gsde": {"use_sde": True},
     "squashed": {"use_sde": True, "policy_kwargs": {"squash_output": True}, "ent_coef": 0.01},
     "dictionary": {"env": lambda: TwoBoxes(), "policy": "MultiInputPolicy"},

@@ -3,7 +3,7 @@ The loss of a minibatch and its gradient as one traced graph: half the time of a
 
 Eager PyTorch spends three quarters of a small minibatch in Python, in the dispatcher and in autograd's bookkeeping. The graph
 holds the very operators that eager PyTorch calls for ``_loss`` of the model and its backward pass, and TorchScript runs them
-without Python and without fusing any, so that no bit changes.
+without Python and without changing any (:func:`_unchanged`), so that no bit changes.
 
 A graph knows only what went into it: numbers are baked in, and Python that looks at data is not there any more. So it is for
 models of which all parts are known (:func:`reason_against`), numbers that schedules change go in as tensors, and the first
@@ -20,6 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -48,10 +49,6 @@ WARM_UP = 300
 #: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
 MOST_GRAPHS = 16
 
-#: Off until it is known why a graph of 256-256 networks now and then rounds otherwise than the eager update (seen on an AMD
-#: EPYC): the comparison has found it at the first minibatch of an update, and would not find it at another one.
-ENABLED = False
-
 _TRACING = threading.Lock()
 
 
@@ -76,8 +73,6 @@ def reason_against(model: Any, coefficient: Any) -> str:
     :param coefficient: its coefficient
     :return: the reason, for people; empty if there is none
     """
-    if not ENABLED:
-        return "traced updates are switched off"
     if reason := given_up(model):
         return reason
     if model.device.type != "cpu":
@@ -183,9 +178,26 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     return compute
 
 
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """
+    Let TorchScript run the operators of a graph as they are, in this thread.
+
+    It would take ``addmm`` apart into a product and a sum, which rounds otherwise where a product is added up in blocks: on
+    networks of 256 units, say.
+    """
+    before = th._C._get_graph_executor_optimize()
+    th._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        th._C._set_graph_executor_optimize(before)
+
+
 @th.no_grad()
 def _run(graph: Any, parameters: Any, constants: Any, rows: Any) -> tuple[Sequence[th.Tensor], Minibatch]:
-    outputs = graph(parameters, rows, constants)
+    with _unchanged():
+        outputs = graph(parameters, rows, constants)
     loss, log_ratio, ratio, removal, *penalty, advantages, value_loss, entropy_loss = outputs[len(parameters) :]
     weight, estimate = penalty or (None, None)
     terms = PerSampleKL(loss, log_ratio, ratio, removal, weight, estimate)
