@@ -76,7 +76,8 @@ class PerSampleKLTraining(Seam):
         """
         update = self._begin_update()
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
-        before = copy.deepcopy(self.policy.state_dict())
+        state = self.policy.state_dict()
+        before = {key: value.clone() if th.is_tensor(value) else copy.deepcopy(value) for key, value in state.items()}
         parameters, fused = list(self.policy.parameters()), bool(self.compile)
         compute = self._compute(update)
         cause = None

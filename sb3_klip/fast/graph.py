@@ -3,13 +3,12 @@ The loss of a minibatch and its gradient as one traced graph: half the time of a
 
 Eager PyTorch spends three quarters of a small minibatch in Python, in the dispatcher and in autograd's bookkeeping. The graph
 holds the very operators that eager PyTorch calls for ``_loss`` of the model and its backward pass, and TorchScript runs them
-without Python and without changing any (:func:`_unchanged`), so that no bit changes.
+without Python and without changing any (:func:`~sb3_klip.fast.script.unoptimized_script`), so that no bit changes.
 
 A graph knows only what went into it: numbers are baked in, and Python that looks at data is not there any more. So it is for
 models of which all parts are known (:func:`reason_against`), numbers that schedules change go in as tensors, and the first
-minibatch of every update is computed in both ways and compared, before any step is taken. There, the policy is still that of
-the rollout and no sample is clipped, so it is compared once more with ratios on all sides of the bounds. Where anything else
-is the case, the eager loss is used.
+minibatch of every update is computed in both ways and compared, before any step is taken, with ratios on all sides of the
+bounds. Where anything else is the case, the eager loss is used.
 
 ``torch.jit.trace`` is deprecated. What makes a graph is :func:`_traced`, and nothing else knows how.
 """
@@ -20,7 +19,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -31,6 +29,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_klip.diagnostics import Minibatch
+from sb3_klip.fast.script import unoptimized_script
+from sb3_klip.fast.simplify import simplified
 from sb3_klip.fast.validation import unvalidated_distributions
 from sb3_klip.surrogate import PerSampleKL
 
@@ -138,73 +138,65 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     constants = _constants(update)
     numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient))
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
-    compared = set()
+    needs_indices = update.snapshot is not None or update.positions is not None
+    ready: dict[int, Callable[..., Any]] = {}
     if len(graphs.uses) > 1000:  # numbers that change with every update
         graphs.uses.clear()
 
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
-        asked = indices if update.snapshot is not None or update.positions is not None else None
-        rows = _rows(rollout_data, asked)
-        key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
-        graphs.uses[key] = graphs.uses.get(key, 0) + 1
-        if graphs.given_up or graphs.uses[key] <= WARM_UP:
-            return model._loss(rollout_data, indices, update)
+        size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
+        if size not in ready:
+            rows = _rows(rollout_data, indices if needs_indices else None)
+            key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
+            graphs.uses[key] = graphs.uses.get(key, 0) + 1
+            if graphs.given_up or graphs.uses[key] <= WARM_UP:
+                return model._loss(rollout_data, indices, update)
+            if (run := make_ready(key, rows, rollout_data, indices)) is None:
+                return model._loss(rollout_data, indices, update)
+            ready[size] = run
+        return ready[size](_rows(rollout_data, indices if needs_indices else None))
+
+    def make_ready(key: Any, rows: Any, rollout_data: Any, indices: Any) -> Callable[..., Any] | None:
+        """A graph that has just given the bits of the eager loss; None, and no more graphs, if there is none."""
         if key not in graphs.traced:
             if len(graphs.traced) == MOST_GRAPHS:
                 graphs.given_up = "what the loss depends on changes too often"
-                return model._loss(rollout_data, indices, update)
+                return None
             try:
                 graphs.traced[key] = _traced(model, rollout_data, update, rows, constants)
             except Exception as error:  # whatever torch, or what it traces, may raise
                 first_line = next(iter(str(error).splitlines()), "")
                 graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
-                return model._loss(rollout_data, indices, update)
+                return None
         run = functools.partial(_run, graphs.traced[key], parameters, constants)
-        if key not in compared:
-            compared.add(key)
-            for data in (rollout_data, _with_ratios_on_all_sides(rollout_data)):
-                loss, minibatch = model._loss(data, indices, update)
-                eager = (th.autograd.grad(loss, parameters), minibatch)
-                if not _same(run(_rows(data, asked)), eager):
-                    graphs.given_up = "a graph did not give the bits of the eager update"
-                    warnings.warn(
-                        f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is left from "
-                        f"now on, at {model.num_timesteps} steps. The training is as it would have been without it.",
-                        stacklevel=5,
-                    )
-                    return model._loss(rollout_data, indices, update)
-        return run(rows)
+        # The policy is still that of the rollout, so that no ratio is near a bound; moved, some are, on each side.
+        moved = _moved(rollout_data)
+        loss, minibatch = model._loss(moved, indices, update)
+        eager = (th.autograd.grad(loss, parameters), minibatch)
+        if _same(run(_rows(moved, indices if needs_indices else None)), eager):
+            return run
+        graphs.given_up = "a graph did not give the bits of the eager update"
+        warnings.warn(
+            f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is left from now on, at "
+            f"{model.num_timesteps} steps. The training is as it would have been without it.",
+            stacklevel=6,
+        )
+        return None
 
     return compute
 
 
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    """
-    Let TorchScript run the operators of a graph as they are, in this thread.
-
-    It would take ``addmm`` apart into a product and a sum, which rounds otherwise where a product is added up in blocks: on
-    networks of 256 units, say.
-    """
-    before = th._C._get_graph_executor_optimize()
-    th._C._set_graph_executor_optimize(False)
-    try:
-        yield
-    finally:
-        th._C._set_graph_executor_optimize(before)
-
-
 @th.no_grad()
 def _run(graph: Any, parameters: Any, constants: Any, rows: Any) -> tuple[Sequence[th.Tensor], Minibatch]:
-    with _unchanged():
-        outputs = graph(parameters, rows, constants)
+    with unoptimized_script():
+        outputs = graph(*parameters, *rows, *constants)
     loss, log_ratio, ratio, removal, *penalty, advantages, value_loss, entropy_loss = outputs[len(parameters) :]
     weight, estimate = penalty or (None, None)
     terms = PerSampleKL(loss, log_ratio, ratio, removal, weight, estimate)
     return outputs[: len(parameters)], Minibatch(terms, advantages, None, value_loss, entropy_loss)
 
 
-def _with_ratios_on_all_sides(rollout_data: Any) -> Any:
+def _moved(rollout_data: Any) -> Any:
     """A minibatch as if policy and values had moved since the rollout, by another factor or amount for each sample."""
     shift = th.linspace(-1, 1, len(rollout_data.advantages), dtype=rollout_data.advantages.dtype)
     log_prob, values = rollout_data.old_log_prob + shift, rollout_data.old_values + shift
@@ -266,9 +258,11 @@ def _traced(
     names = [name for name, _ in loss_module.named_parameters()]
     leaves = [parameter.detach() for parameter in loss_module.parameters()]
 
-    def flat(parameters: list[th.Tensor], *tensors: list[th.Tensor]) -> tuple[th.Tensor, ...]:
-        inputs = [parameter.detach().requires_grad_() for parameter in parameters]
-        arguments = _rebuilt(example, update, *tensors)
+    def flat(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+        parts = iter(tensors)
+        inputs, *others = ([next(parts) for _ in part] for part in (leaves, rows, constants))
+        inputs = [parameter.detach().requires_grad_() for parameter in inputs]
+        arguments = _rebuilt(example, update, *others)
         loss, minibatch = functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments)
         terms = [term for term in minibatch.terms if term is not None]
         logged = (*terms, minibatch.advantages, minibatch.value_loss, minibatch.entropy_loss)
@@ -279,10 +273,8 @@ def _traced(
 
     with _TRACING, unvalidated_distributions(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-        nodes = make_fx(flat)(leaves, rows, constants)
-        nodes.graph.eliminate_dead_code()
-        nodes.recompile()
-        return th.jit.trace(_Tupled(nodes), (leaves, rows, constants), check_trace=False)
+        tensors = (*leaves, *rows, *constants)
+        return th.jit.trace(_Tupled(simplified(make_fx(flat)(*tensors), *tensors)), tensors, check_trace=False)
 
 
 class _Tupled(nn.Module):
@@ -292,7 +284,7 @@ class _Tupled(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args: list[th.Tensor]) -> tuple[th.Tensor, ...]:
+    def forward(self, *args: th.Tensor) -> tuple[th.Tensor, ...]:
         return tuple(self.module(*args))
 
 

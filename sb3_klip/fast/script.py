@@ -1,0 +1,22 @@
+"""TorchScript without its optimizations, which change bits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch as th
+
+
+@contextmanager
+def unoptimized_script() -> Iterator[None]:
+    """
+    Let TorchScript run operators as they are, in this thread, until this ends.
+
+    It would take ``addmm`` apart into a product and a sum, which rounds otherwise where a product is added up in blocks: for
+    layers of more than 128 inputs, say.
+    """
+    before = th._C._get_graph_executor_optimize()
+    th._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        th._C._set_graph_executor_optimize(before)
