@@ -71,9 +71,9 @@ def _fold_constants(graph_module: fx.GraphModule, *example: Any) -> None:
     recorder.run(*example)
     constant: set[fx.Node] = set()
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr" or node.target in _OF_SHAPES:
-            constant.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and constant.issuperset(node.all_input_nodes):
+        sources = node.all_input_nodes
+        of_constants = node.op == "call_function" and sources and constant.issuperset(sources)
+        if of_constants or node.op == "get_attr" or node.target in _OF_SHAPES:
             constant.add(node)
     for index, node in enumerate(n for n in list(graph_module.graph.nodes) if n in constant and n.op == "call_function"):
         if not constant.issuperset(node.users):
