@@ -2,10 +2,11 @@
 Frames per second and peak memory of whole training runs, each in a process of its own, in turn.
 
     python timings/end_to_end.py
+    python timings/end_to_end.py --env CartPole-v1 --n-envs 8 --steps 65536
     python timings/end_to_end.py --sbx-python sbx/bin/python   # also SBX's PPO, from an environment that has sbx-rl
 
-The setting is the paper's, which is also SB3's default: 2048 steps, minibatches of 64, 10 epochs, two layers of 64, one
-environment. The first two rollouts, in which functions are compiled, do not count.
+The setting is the paper's, which is also SB3's default: 2048 steps, minibatches of 64, 10 epochs, two layers of 64. The first
+two rollouts, in which functions are compiled, do not count.
 """
 
 import json
@@ -20,9 +21,10 @@ from pathlib import Path
 WARM_UP = 2 * 2048
 
 
-def worker(name: str, env_id: str, steps: int, threads: int) -> None:
+def worker(name: str, env_id: str, n_envs: int, steps: int, threads: int) -> None:
     """One run, in this process; prints what it measured."""
     import torch as th
+    from stable_baselines3.common.env_util import make_vec_env
 
     th.set_num_threads(threads)
     kwargs: dict[str, object] = {} if name == "SBX PPO" else {"device": "cpu"}
@@ -39,26 +41,27 @@ def worker(name: str, env_id: str, steps: int, threads: int) -> None:
 
         algorithm = sb3_klip.KLipPPO
         kwargs["compile"] = name == "KLipPPO, compiled"
-    model = algorithm("MlpPolicy", env_id, seed=0, **kwargs)
-    model.learn(WARM_UP)
+    model = algorithm("MlpPolicy", make_vec_env(env_id, n_envs), seed=0, **kwargs)
+    model.learn(WARM_UP * n_envs)
     start = time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
-    print(json.dumps({"fps": (model.num_timesteps - WARM_UP) / seconds, "peak": peak / 1024}))
+    print(json.dumps({"fps": (model.num_timesteps - WARM_UP * n_envs) / seconds, "peak": peak / 1024}))
 
 
 def main() -> None:
     """Run the comparison."""
     if sys.argv[1:2] == ["worker"]:
-        name, env_id, steps, threads = sys.argv[2:]
-        worker(name, env_id, int(steps), int(threads))
+        name, env_id, *numbers = sys.argv[2:]
+        worker(name, env_id, *map(int, numbers))
         return
 
     from common import in_turn, parser, ratios, table, write
 
     options = parser(__doc__, repeats=5)
     options.add_argument("--env", default="Hopper-v4")
+    options.add_argument("--n-envs", type=int, default=1, help="environments in one DummyVecEnv (default: %(default)s)")
     options.add_argument("--steps", type=int, default=20_480, help="steps that count (default: %(default)s)")
     options.add_argument("--sbx-python", type=Path, help="Python of an environment that has sbx-rl")
     args = options.parse_args()
@@ -69,7 +72,8 @@ def main() -> None:
     peaks: dict[str, list[float]] = {name: [] for name in pythons}
 
     def run(name: str) -> float:
-        command = [pythons[name], __file__, "worker", name, args.env, str(args.steps), str(args.threads)]
+        numbers = (args.n_envs, args.steps, args.threads)
+        command = [pythons[name], __file__, "worker", name, args.env, *map(str, numbers)]
         measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         peaks[name].append(measured["peak"])
         return 1 / measured["fps"]
@@ -82,8 +86,16 @@ def main() -> None:
         for name, values in seconds.items()
     ]
     header = ("", "frames per second", "over PPO's", "quartile", "quartile", "peak memory in MiB")
-    table(f"{args.env}, {args.threads} thread(s)", header, rows)
-    write(args.json, {"env": args.env, "fps": {name: [1 / s for s in v] for name, v in seconds.items()}, "peak_mib": peaks})
+    table(f"{args.env}, {args.n_envs} environment(s), {args.threads} thread(s)", header, rows)
+    write(
+        args.json,
+        {
+            "env": args.env,
+            "n_envs": args.n_envs,
+            "fps": {name: [1 / s for s in v] for name, v in seconds.items()},
+            "peak_mib": peaks,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def _is_plain_mlp(policy: Any) -> bool:
         and isinstance(policy.observation_space, spaces.Box)
         and not is_image_space(policy.observation_space)
         and not any("forward" in vars(module) for module in policy.modules())
+        and all(parameter.dtype == th.float32 for parameter in policy.parameters())
     )
 
 
@@ -97,7 +98,7 @@ class _ShortForward:
             _check_action(is_finite, "logits", logits)
             actions = th.multinomial(probabilities, 1, replacement=True)
             return actions.flatten(), values, logits.gather(1, actions).flatten()
-        noise = th.empty(len(obs), len(self.layers.log_std), dtype=self.layers.log_std.dtype).normal_()
+        noise = th.empty(len(obs), len(self.layers.log_std)).normal_()
         actions, log_prob, values, is_finite = self._compute(obs, noise)
         _check_action(is_finite, "log-probability", log_prob)
         return actions.reshape((-1, *policy.action_space.shape)), values, log_prob
