@@ -227,7 +227,7 @@ class _OneTensor:
         self.last_gradients = list(gradients)
         group = self.optimizer.param_groups[0]
         with unoptimized_script():
-            return _scripted()(
+            return (_clip_and_step if self.fused else _scripted())(
                 self.last_gradients,
                 self.gradient,
                 self.gradients,
