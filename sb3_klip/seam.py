@@ -15,6 +15,7 @@ from sb3_klip.divergence import PolicySnapshot
 from sb3_klip.reproducibility import read_generators, set_generators
 from sb3_klip.rollout import indexed_minibatches, rollout_copy
 from sb3_klip.surrogate import kl_estimate
+from sb3_klip.trust_region import policy_ratio_bounds
 
 
 class EvaluatedSamples(NamedTuple):
@@ -110,6 +111,20 @@ class Seam(OnPolicyAlgorithm):
         for samples in self.evaluate_rollout():
             snapshot.store(samples.indices, samples.mask, self.policy)
         return snapshot
+
+    def take_ratio_bounds(self, clip_range: float, delta: float | None) -> th.Tensor:
+        """Least and greatest ratio within KL ``delta`` of the policy, of every action of the rollout; one forward pass."""
+        size = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        snapshot, drawn = PolicySnapshot(size), th.empty(0)
+        for samples in self.evaluate_rollout():
+            snapshot.store(samples.indices, samples.mask, self.policy)
+            actions = self._actions(samples.rollout_data)
+            if (bijector := getattr(self.policy.action_dist, "bijector", None)) is not None:
+                actions = bijector.inverse(actions)
+            drawn = drawn if len(drawn) else actions.new_empty(size, *actions.shape[1:])
+            drawn[samples.indices] = actions if samples.mask is None else actions[samples.mask]
+        bounds = policy_ratio_bounds(snapshot.family, snapshot.parameters, drawn, clip_range, delta)
+        return th.stack(bounds).to(th.float32)
 
     def _rollout_kl(self, snapshot: PolicySnapshot | None) -> float:
         """Mean of KL(π_old ‖ π_new) over the rollout, in closed form, or without a snapshot by k3; one forward pass."""

@@ -259,7 +259,7 @@ def per_sample_kl(
     with th.no_grad():
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, **quantities)
+        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, old_log_prob=old_log_prob, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
         finite = ratio.masked_fill(((removal == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
         score = (1 - removal) * finite

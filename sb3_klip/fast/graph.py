@@ -148,7 +148,8 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         graphs.uses.clear()
 
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
-        asked = indices if update.snapshot is not None or update.positions is not None else None
+        of_rollout = (update.snapshot, update.positions, update.ratio_bounds)
+        asked = indices if any(each is not None for each in of_rollout) else None
         rows = _rows(rollout_data, asked)
         key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
         graphs.uses[key] = graphs.uses.get(key, 0) + 1
@@ -211,7 +212,7 @@ def _constants(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
     numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
-    return [*numbers, *snapshot, *(() if update.positions is None else (update.positions,))]
+    return [*numbers, *snapshot, *(each for each in (update.positions, update.ratio_bounds) if each is not None)]
 
 
 def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
@@ -227,6 +228,8 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
         update = update._replace(snapshot=snapshot)
     if update.positions is not None:
         update = update._replace(positions=next(constant))
+    if update.ratio_bounds is not None:
+        update = update._replace(ratio_bounds=next(constant))
     return type(example)(*values), next(row, None), update
 
 
