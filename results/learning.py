@@ -5,8 +5,9 @@ Learning curves' ends for every coefficient with its defaults, through RL Zoo wi
     python results/learning.py logs/learning --beta step spo   # of these only
 
 Each run is an ordinary ``rl_zoo3.train`` below the folder, whose command is in the first line of its file below ``results``;
-runs that have ended are not repeated. Coefficients that mean probabilities have no run on Hopper-v4. Prints a table in Markdown: for CartPole-v1 the best mean return of 100 episodes in a
-row, of each seed, and for Hopper-v4 the mean return of the first and of the last tenth of the episodes.
+runs that have ended are not repeated. Prints a table in Markdown: for CartPole-v1 the best mean return of 100 episodes in a
+row, of each seed, and for Hopper-v4 the mean return of the first and of the last tenth of the episodes; none for a coefficient
+that needs actions with probabilities.
 """
 
 import argparse
