@@ -150,10 +150,10 @@ def atlas(clip_range: float = 0.2, shape: tuple[float, float] = README) -> Figur
         below = [other for other in panels if other.column == panel.column and other.row > panel.row]
         axis.tick_params(labelleft=panel.column == 0, labelbottom=not below)
         figure.text(x / shape[0], (y + height - 2 * line) / total, panel.heading, fontweight="bold")
-    figure.text(0.5, 1 - 1.4 * line / total, "what multiplies Â ∇log π(a|s)", ha="center")
+    figure.text(0.4 * line / shape[0], 1 - 1.5 * line / total, "multiplier of Â ∇log π(a|s)")
     figure.text(0.5, 0.6 * line / total, f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", ha="center")
     lines = figure.axes[0].get_lines()[-2:]
-    figure.legend(lines, ["Â > 0", "Â < 0"], loc="upper right", ncols=2, handlelength=2.5, borderaxespad=0.2)
+    figure.legend(lines, ["Â > 0", "Â < 0"], loc="upper right", ncols=2, handlelength=2.2, borderaxespad=0.2)
     return figure
 
 

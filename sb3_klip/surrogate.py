@@ -331,8 +331,8 @@ def per_sample_kl_loss(
         and then over the rows (GRPO, arXiv 2402.03300), 0 for a row of which none counts; ``"none"`` for the losses
         themselves, 0 where the mask is False
     :param ratio: ``"token"`` for a ratio per sample; ``"sequence"`` for one per row of ``(B, T)``, the geometric mean of the
-        ratios that count (GSPO, arXiv 2507.18071, eq. 7), which stands in the place of each of them, while the gradient stays
-        that of each log-probability (eq. 14); with ``"sequence_mean"`` and one advantage per row it is GSPO's gradient
+        ratios that count (GSPO, arXiv 2507.18071), which stands in the place of each of them, while the gradient stays that of
+        each log-probability (there GSPO-token); with ``"sequence_mean"`` and one advantage per row it is GSPO's gradient
     :param quantities: what the coefficient asks for beyond ratio, advantages, clip range and ``old_log_prob``, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``

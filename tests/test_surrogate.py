@@ -292,7 +292,7 @@ def test_token_level_grpo():
 
 
 def test_sequence_level_gspo():
-    """GSPO (arXiv 2507.18071, eqs. 5 and 7): one ratio per sequence, the geometric mean of its tokens', is clipped."""
+    """GSPO (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens', is clipped."""
     log_prob, old, advantages, mask = token_batch()
     ratio = (((log_prob - old) * mask).sum(dim=1) / mask.sum(dim=1)).exp()
     objective = th.min(ratio * advantages[:, 0], ratio.clamp(1 - 0.05, 1 + 0.05) * advantages[:, 0])
@@ -303,7 +303,7 @@ def test_sequence_level_gspo():
 
 
 def test_sequence_level_with_advantages_of_tokens():
-    """GSPO-token (eqs. 13 and 14): the ratio's value is the sequence's, its gradient that of the token's log-probability."""
+    """GSPO-token: the ratio's value is the sequence's, its gradient that of the token's log-probability."""
     log_prob, old, advantages, mask = token_batch()
     advantages = advantages + th.linspace(-1, 1, 9, dtype=th.float64)
     mean = ((log_prob - old) * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
@@ -319,8 +319,8 @@ def test_sequences_of_one_token_have_the_ratio_of_that_token():
     old, log_prob, advantages = (th.randn(20, 1, generator=generator) for _ in range(3))
     by_sequence = per_sample_kl_loss(log_prob, old, advantages, ratio="sequence")
     assert th.equal(by_sequence, per_sample_kl_loss(log_prob, old, advantages))
-    with pytest.raises(ValueError, match=r"ratio='sequenc'.*Did you mean 'sequence'"):
-        per_sample_kl_loss(log_prob, old, advantages, ratio="sequenc")
+    with pytest.raises(ValueError, match=r"ratio='tokens'.*Did you mean 'token'"):
+        per_sample_kl_loss(log_prob, old, advantages, ratio="tokens")
     with pytest.raises(ValueError, match=r"ratio='sequence' needs shape \(B, T\)"):
         per_sample_kl_loss(log_prob[:, 0], old[:, 0], advantages[:, 0], ratio="sequence")
 

@@ -116,7 +116,7 @@ def dynamic_clip(
     high: Positive = 0.2,
 ) -> th.Tensor:
     """
-    ``step`` with a band that is wider for an action of small probability q: q w |w - 1| is bounded in place of |w - 1|.
+    ``step`` with a band that is the wider, the smaller the action's probability q: ``q w |w - 1|`` is bounded.
 
     DCPO's other parts, its advantages and its averages over tokens, belong to no coefficient.
 
@@ -156,7 +156,7 @@ def probability_clip(
     """
     A sample is dropped where its action's probability, and not its ratio, has changed too far in the step's direction.
 
-    The change q |w - 1| is the total variation between the two policies when all other actions count as one.
+    The change ``q |w - 1|`` is the total variation between the two policies when all other actions count as one.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
