@@ -81,13 +81,14 @@ def soft_adaptive(
     return th.tanh(temperature * (ratio - 1) / 2).square()
 
 
-def removal_of(multiplier: th.Tensor | float, ratio: th.Tensor) -> th.Tensor:
+def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
     The removal with which ``multiplier`` takes the place of w: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
 
     It is finite: a ratio that underflows to 0 counts as the least positive number of its dtype.
 
-    :param multiplier: m, a number or a tensor like the ratio, at most 1 where the ratio underflows
+    :param multiplier: m, at most 1 where the ratio underflows; tensor like the ratio, as a number divided by a tensor rounds
+        otherwise
     :param ratio: importance ratio w
     :return: removal, exactly 0 where m = w
     """
@@ -120,7 +121,7 @@ def truncated(
     :return: removal
     """
     multiplier = ratio.clamp(1 - low, 1 + high)
-    return removal_of(multiplier, ratio).masked_fill(multiplier == ratio, 0.0)
+    return removal_of(multiplier, ratio).masked_fill(multiplier == ratio, 0.0)  # also where both are 0
 
 
 @register(
@@ -140,7 +141,7 @@ def tapered(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tens
     :return: removal
     """
     bad = truncated(ratio, advantages, clip_range, low=1.0, high=0.0)
-    return th.where(advantages > 0, removal_of(1.0, ratio), bad)
+    return th.where(advantages > 0, removal_of(th.ones_like(ratio), ratio), bad)
 
 
 @register(

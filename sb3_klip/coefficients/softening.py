@@ -3,7 +3,7 @@
 import torch as th
 
 from sb3_klip.coefficients.clipping import step
-from sb3_klip.coefficients.parameters import NonNegative, Positive
+from sb3_klip.coefficients.parameters import NonNegative, Positive, constant_like
 from sb3_klip.coefficients.registry import register
 from sb3_klip.coefficients.reweighting import removal_of
 from sb3_klip.surrogate import bounds, harmful_distance, partition
@@ -130,8 +130,8 @@ def gradient_preserving(
     :return: removal
     """
     lower, upper = bounds(clip_range)
-    kept = th.where(advantages < 0, removal_of(low * lower, ratio), removal_of(high * upper, ratio))
-    return step(ratio, advantages, clip_range) * kept
+    multiplier = th.where(advantages < 0, constant_like(low * lower, ratio), constant_like(high * upper, ratio))
+    return step(ratio, advantages, clip_range) * removal_of(multiplier, ratio)
 
 
 @register(
@@ -163,7 +163,7 @@ def decoupled_decay(
     lower, upper = bounds(clip_range)
     # A finite argument for samples that are not killed, whose removal is 0.
     inner = ratio.masked_fill(~kill, 1.0)
-    kept = th.where(advantages < 0, (inner / lower) ** n, (upper / inner) ** (1 / m))
+    kept = th.where(advantages < 0, (inner / lower) ** n, (constant_like(upper, ratio) / inner) ** (1 / m))
     return (1 - kept).masked_fill(~kill, 0.0)
 
 
