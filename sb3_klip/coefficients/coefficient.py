@@ -16,8 +16,9 @@ QUANTITIES: dict[str, str] = {
     "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
     "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
     "old_log_prob": "log π_old(a|s) of each sample, of a density where actions are continuous; tensor like the ratio",
-    "least_ratio": "least ratio of the action under a policy within KL `delta` of π_old, a parameter; tensor like the ratio",
-    "greatest_ratio": "the greatest, likewise (sb3_klip.trust_region has both); tensor like the ratio",
+    "least_ratio": "least ratio that a policy with KL(π_old ‖ π) <= delta can give the action, delta being its parameter "
+    "(sb3_klip.trust_region); tensor like the ratio",
+    "greatest_ratio": "greatest ratio, likewise; tensor like the ratio",
     "progress": "share of training done, from 0 to 1; float",
 }
 
