@@ -85,8 +85,8 @@ def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
     The removal with which ``multiplier`` takes the place of w: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
 
-    It is finite: a ratio that underflows to 0 counts as the least positive number of its dtype. A bounded m loses digits where w
-    is large, as ``1 - g`` does: in single precision it is off by about 1e-7 w, and a ratio that overflows counts as removed.
+    It is finite: a ratio that underflows to 0 counts as the least positive number of its dtype. A bounded m loses digits where
+    w is large, as ``1 - g`` does: in single precision it is off by about 1e-7 w, and a ratio that overflows counts as removed.
 
     :param multiplier: m, at most 1 where the ratio underflows; tensor like the ratio, as a number divided by a tensor rounds
         otherwise
