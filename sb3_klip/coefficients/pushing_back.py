@@ -74,7 +74,8 @@ def bounded_ratio(
 @register(
     "redescending",
     "ano",
-    formula="1 + kappa_plus ν tanh(y / 2) / (e^y + ν), y = a (x - 1 - ε), x = w where Â >= 0 and 2 - w where Â < 0",
+    formula="1 + kappa_plus ν tanh(y / 2) / (e^y + ν), y = a (x - 1 - ε), x = w where Â >= 0 and 2 - w where Â < 0; ν and a "
+    "follow from kappa_plus, kappa_minus and ε",
     source="ANO, arXiv 2605.02320",
     search={"kappa_plus": (3.0, 30.0)},
 )
