@@ -145,6 +145,8 @@ def _parameter(parameter: Parameter) -> str:
         return shown
     if math.isinf(interval.high):
         return f"{shown} ({'>' if interval.low_open else '≥'} {interval.low:g})"
+    if math.isinf(interval.low):
+        return f"{shown} ({'<' if interval.high_open else '≤'} {interval.high:g})"
     low, high = "(" if interval.low_open else "[", ")" if interval.high_open else "]"
     return f"{shown} ({low}{interval.low:g}, {interval.high:g}{high})"
 

@@ -2,17 +2,19 @@
 Learning curves' ends for every coefficient with its defaults, through RL Zoo with its tuned hyperparameters for PPO.
 
     python results/learning.py logs/learning --jobs 2     # CartPole-v1 on three seeds, Hopper-v4 on one, 100 000 steps each
+    python results/learning.py logs/learning --beta step spo   # of these only
 
 Each run is an ordinary ``rl_zoo3.train`` below the folder, whose command is in the first line of its file below ``results``;
 runs that have ended are not repeated. Prints a table in Markdown: for CartPole-v1 the best mean return of 100 episodes in a
-row, of each seed, and for Hopper-v4 the mean return of the first and of the last tenth of the episodes.
+row, of each seed, and for Hopper-v4 the mean return of the first and of the last tenth of the episodes; none for a coefficient
+that needs actions with probabilities.
 """
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sb3_klip.coefficients import available
+from sb3_klip.coefficients import available, make
 from sb3_klip.experiments.cell import Cell, run_cell
 from sb3_klip.experiments.results import read_episodes
 
@@ -36,9 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--beta", nargs="+", default=[*available(), "espo"], help="coefficients (default: all)")
     args = parser.parse_args()
-    names = [*available(), "espo"]
-    runs = [(beta, env_id, seed) for beta in names for env_id, seeds in SEEDS.items() for seed in seeds]
+    names = args.beta
+    runs = [
+        (beta, env_id, seed)
+        for beta in names
+        for env_id, seeds in SEEDS.items()
+        for seed in seeds
+        if env_id == "CartPole-v1" or not make(beta).needs_probabilities
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         made = dict(zip(runs, pool.map(lambda run: returns(args.folder, *run), runs), strict=True))
 
@@ -48,9 +57,10 @@ def main() -> None:
         for seed in SEEDS["CartPole-v1"]:
             episodes = made[beta, "CartPole-v1", seed]
             best.append(max(mean(episodes[i : i + 100]) for i in range(max(1, len(episodes) - 99))))
-        episodes = made[beta, "Hopper-v4", 0]
-        tenth = max(1, len(episodes) // 10)
-        ends = f"{mean(episodes[:tenth]):.0f} → {mean(episodes[-tenth:]):.0f}"
+        ends = "–"
+        if episodes := made.get((beta, "Hopper-v4", 0)):
+            tenth = max(1, len(episodes) // 10)
+            ends = f"{mean(episodes[:tenth]):.0f} → {mean(episodes[-tenth:]):.0f}"
         print(f"| `{beta}` | {', '.join(f'{value:.0f}' for value in best)} | {ends} |")
 
 

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from gymnasium import spaces
 from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
 
@@ -82,6 +83,8 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
         return super()._setup_learn(*args, **kwargs)
 
     def _setup_model(self) -> None:
+        if isinstance(self._beta, Coefficient):
+            self._check_action_space(self._beta)
         super()._setup_model()
         # A file has the coefficient as a name and parameters, and SB3 puts them where it puts all attributes.
         saved = {name: vars(self).pop(name) for name in ("beta", "beta_state") if name in vars(self)}
@@ -111,14 +114,29 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
 
         :raises ValueError: with the reason
         """
+        self._check_action_space(coefficient)
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
         action_dist = getattr(self.policy, "action_dist", None)
-        if (coefficient.needs_kl or self.log_kl) and not isinstance(action_dist, CLOSED_FORM):
+        needs_kl = coefficient.needs_kl or coefficient.needs_ratio_bounds or self.log_kl
+        if needs_kl and not isinstance(action_dist, CLOSED_FORM):
             raise ValueError(
                 f"{'log_kl=True' if self.log_kl else f'beta={coefficient!r}'} needs the closed form of the KL divergence, "
                 f"which is not known for the policy's {type(action_dist).__name__}. "
                 "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
+            )
+
+    def _check_action_space(self, coefficient: Coefficient) -> None:
+        """
+        Refuse a coefficient that means probabilities where actions have densities.
+
+        :raises ValueError: with the coefficients that are left
+        """
+        if coefficient.needs_probabilities and isinstance(self.action_space, spaces.Box):
+            raise ValueError(
+                f"beta={coefficient!r} needs actions that have a probability, in a Discrete, MultiDiscrete or MultiBinary "
+                f"action space. The actions of {self.action_space} have a density, which depends on their unit. For these, "
+                "beta='trust_region_guided' bounds the ratio by how probable an action was."
             )
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:

@@ -23,6 +23,7 @@ from sb3_klip.surrogate import per_sample_beta
 
 try:
     from sb3_klip import figures
+    from sb3_klip.atlas import atlas
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -46,6 +47,7 @@ BETAS = [f"train/beta_p{level:02}" for level in PERCENTILES]
 COMMANDS = {
     "landscape": "beta over ratio and advantage, a panel for each coefficient",
     "gradient": "what multiplies the gradient of a sample, over the ratio",
+    "atlas": "what multiplies the gradient of a sample, for every coefficient there is, by what they do",
     "distribution": "percentiles of beta, and kill and pass fractions, over a run",
 }
 DEFAULTS = {
@@ -59,6 +61,7 @@ module:function for your own. What changes during training is drawn as it is at 
 examples:
   python -m sb3_klip.plot landscape
   python -m sb3_klip.plot landscape step rollback:slope=1 my_package.my_module:my_function -o figures/mine
+  python -m sb3_klip.plot atlas
   python -m sb3_klip.plot gradient step fixed:value=3,estimator=k3 sigmoid:temperature=0.1 --clip-range 0.1 --size column
 
   model.learn(100_000, callback=sb3_klip.callbacks.CSVLogCallback("my_run/progress.csv"))   (in Python, then)
@@ -88,7 +91,9 @@ def read_coefficient(text: str) -> tuple[str, Coefficient]:
             f"{text!r} penalises the analytic KL divergence, which cannot be drawn over ratio and advantage.{choice}"
         )
     if needs := [key for key in coefficient.requests if key != "progress"]:
-        raise ValueError(f"{text!r} cannot be drawn over ratio and advantage, as it also depends on {' and '.join(needs)}")
+        raise ValueError(
+            f"{text!r} cannot be drawn over ratio and advantage, as it also depends on {' and '.join(needs)}; the atlas has it"
+        )
     return label, coefficient
 
 
@@ -285,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in DEFAULTS:
             drawn = f"coefficient (default: {' '.join(DEFAULTS[name])})"
             command.add_argument("given", metavar="BETA", nargs="*", default=DEFAULTS[name], help=drawn)
+        if name != "distribution":
             bounds = "half-width of the band around a ratio of 1 (default: %(default)s)"
             command.add_argument("--clip-range", metavar="E", type=float, default=0.2, help=bounds)
         else:
@@ -323,8 +329,11 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         else:
             if not 0 < args.clip_range < 1:
                 raise ValueError(f"--clip-range: {args.clip_range} must be between 0 and 1")
-            function = landscape if args.figure == "landscape" else gradient
-            draw = partial(function, dict(map(read_coefficient, args.given)), args.clip_range)
+            if args.figure == "atlas":
+                draw = partial(atlas, args.clip_range)
+            else:
+                function = landscape if args.figure == "landscape" else gradient
+                draw = partial(function, dict(map(read_coefficient, args.given)), args.clip_range)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     with figures.style(args.size) as shape:

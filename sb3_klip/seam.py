@@ -15,6 +15,7 @@ from sb3_klip.divergence import PolicySnapshot
 from sb3_klip.reproducibility import read_generators, set_generators
 from sb3_klip.rollout import indexed_minibatches, rollout_copy
 from sb3_klip.surrogate import kl_estimate
+from sb3_klip.trust_region import policy_ratio_bounds
 
 
 class EvaluatedSamples(NamedTuple):
@@ -83,18 +84,20 @@ class Seam(OnPolicyAlgorithm):
             )
         return indices
 
-    def evaluate_rollout(self, buffer: Any = None) -> Iterator[EvaluatedSamples]:
+    def evaluate_rollout(self, buffer: Any = None, at_least: int = 1) -> Iterator[EvaluatedSamples]:
         """
         All samples of a rollout once, each minibatch right after the policy has evaluated it.
 
         Draws no random numbers that the update would draw.
 
         :param buffer: the rollout; the model's own by default
+        :param at_least: size of the minibatches, where the model's own are smaller
         :raises ValueError: if the rollout's buffer does not tell which samples it hands out
         """
         self.policy.set_training_mode(False)
         generators = read_generators()  # a buffer of the user's own may draw from any of them
-        for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, self.batch_size):
+        size = None if self.batch_size is None else max(self.batch_size, at_least)
+        for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, size):
             with th.no_grad():
                 _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
@@ -110,6 +113,20 @@ class Seam(OnPolicyAlgorithm):
         for samples in self.evaluate_rollout():
             snapshot.store(samples.indices, samples.mask, self.policy)
         return snapshot
+
+    def take_ratio_bounds(self, clip_range: float, delta: float | None) -> th.Tensor:
+        """Least and greatest ratio within KL ``delta`` of the policy, of every action of the rollout; one forward pass."""
+        size = self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs
+        snapshot, drawn = PolicySnapshot(size), th.empty(0)
+        for samples in self.evaluate_rollout(at_least=512):
+            snapshot.store(samples.indices, samples.mask, self.policy)
+            actions = self._actions(samples.rollout_data)
+            if (bijector := getattr(self.policy.action_dist, "bijector", None)) is not None:
+                actions = bijector.inverse(actions)
+            drawn = drawn if len(drawn) else actions.new_empty(size, *actions.shape[1:])
+            drawn[samples.indices] = actions if samples.mask is None else actions[samples.mask]
+        bounds = policy_ratio_bounds(snapshot.family, snapshot.parameters, drawn, clip_range, delta)
+        return th.stack(bounds).to(snapshot.parameters[0].dtype)
 
     def _rollout_kl(self, snapshot: PolicySnapshot | None) -> float:
         """Mean of KL(π_old ‖ π_new) over the rollout, in closed form, or without a snapshot by k3; one forward pass."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 #: Names of the KL estimates that a weight can be put on, see :func:`kl_estimate`.
 ESTIMATORS = ("analytic", "k1", "k3")
 REDUCTIONS = ("mean", "sequence_mean", "none")
+RATIOS = ("token", "sequence")
 
 
 class Partition(NamedTuple):
@@ -237,6 +238,7 @@ def per_sample_kl(
     coefficient: "Coefficient",
     clip_range: float | th.Tensor = 0.2,
     kl: th.Tensor | None = None,
+    log_ratio: th.Tensor | None = None,
     **quantities: th.Tensor | float,
 ) -> PerSampleKL:
     """
@@ -253,13 +255,15 @@ def per_sample_kl(
     :param coefficient: gives removal and weight
     :param clip_range: half-width ε
     :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, where the coefficient asks for it
+    :param log_ratio: log w, where it is not ``log_prob - old_log_prob``
     :param quantities: whatever else the coefficient asks for, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
     """
     with th.no_grad():
-        log_ratio = log_prob - old_log_prob
+        if log_ratio is None:
+            log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, **quantities)
+        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, old_log_prob=old_log_prob, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
         finite = ratio.masked_fill(((removal == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
         score = (1 - removal) * finite
@@ -308,6 +312,7 @@ def per_sample_kl_loss(
     clip_range: float | th.Tensor = 0.2,
     mask: th.Tensor | None = None,
     reduction: str = "mean",
+    ratio: str = "token",
     **quantities: Any,
 ) -> th.Tensor:
     """
@@ -325,23 +330,31 @@ def per_sample_kl_loss(
     :param reduction: ``"mean"`` over all samples that count (PPO); ``"sequence_mean"`` over those of each row of ``(B, T)``
         and then over the rows (GRPO, arXiv 2402.03300), 0 for a row of which none counts; ``"none"`` for the losses
         themselves, 0 where the mask is False
-    :param quantities: what the coefficient asks for beyond ratio, advantages and clip range, by name
+    :param ratio: ``"token"`` for a ratio per sample; ``"sequence"`` for one per row of ``(B, T)``, the geometric mean of the
+        ratios that count (GSPO, arXiv 2507.18071), which stands in the place of each of them, while the gradient stays that of
+        each log-probability (there GSPO-token); with ``"sequence_mean"`` and one advantage per row it is GSPO's gradient
+    :param quantities: what the coefficient asks for beyond ratio, advantages, clip range and ``old_log_prob``, by name
         (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, reduction or coefficient are unknown, or a quantity that it asks for is missing
+    :raises ValueError: if shapes differ, a word is none of those above, or a quantity that the coefficient asks for is missing
     :raises TypeError: if the log-probabilities are not of a floating dtype
     """
     _check(log_prob, old_log_prob, advantages, mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
-    if reduction == "sequence_mean" and log_prob.ndim != 2:
-        raise ValueError(f"reduction='sequence_mean' needs shape (B, T), not {tuple(log_prob.shape)}")
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio={ratio!r} must be one of {RATIOS}.{did_you_mean(ratio, RATIOS)}")
+    for argument, value in (("reduction", reduction), ("ratio", ratio)):
+        if value.startswith("sequence") and log_prob.ndim != 2:
+            raise ValueError(f"{argument}={value!r} needs shape (B, T), not {tuple(log_prob.shape)}")
     # Only here: the coefficients are made of this module's functions.
     from sb3_klip.coefficients import make
 
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
     log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
-    loss = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, **quantities).loss
+    log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
+    terms = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, log_ratio=log_ratio, **quantities)
+    loss = terms.loss
     if reduction == "mean":
         return masked_mean(loss, mask)
     if reduction == "none":
@@ -349,6 +362,13 @@ def per_sample_kl_loss(
     if mask is None:
         return loss.mean(dim=1).mean()
     return (loss.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def _sequence_log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    """Mean of log w over each row, in the place of each of them; 0 in a row of which none counts. Padding is 0 in both."""
+    log_ratio = log_prob.detach() - old_log_prob
+    count = log_ratio.shape[1] if mask is None else mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (log_ratio.sum(dim=1, keepdim=True) / count).expand_as(log_ratio)
 
 
 def _without_padding(value: Any, mask: th.Tensor | None) -> Any:

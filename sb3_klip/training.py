@@ -36,6 +36,7 @@ class Update(NamedTuple):
     :param clip_range_vf: clipping range of the value function, likewise, if any
     :param snapshot: the rollout policy's distributions, if they are asked for
     :param positions: position of each sample in its episode, if asked for
+    :param ratio_bounds: least and greatest ratio of each action within a trust region, shape (2, N), if asked for
     """
 
     coefficient: Coefficient
@@ -43,6 +44,7 @@ class Update(NamedTuple):
     clip_range_vf: Any
     snapshot: PolicySnapshot | None
     positions: th.Tensor | None
+    ratio_bounds: th.Tensor | None = None
 
 
 class PerSampleKLTraining(Seam):
@@ -115,12 +117,15 @@ class PerSampleKLTraining(Seam):
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
         positions = self._positions() if "position" in coefficient.requests else None
         snapshot = self.take_snapshot() if coefficient.needs_kl or self.log_kl else None
+        ratio_bounds = None
+        if coefficient.needs_ratio_bounds:
+            ratio_bounds = self.take_ratio_bounds(float(clip_range), coefficient.delta)
         self.policy.set_training_mode(True)
         if self.compile:
             # Numbers would be compiled in, and compiled anew whenever a schedule changes them.
             clip_range = self._tensor(clip_range)
             clip_range_vf = None if clip_range_vf is None else self._tensor(clip_range_vf)
-        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions)
+        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions, ratio_bounds)
 
     def _known_coefficient(self) -> Coefficient:
         """
@@ -262,6 +267,9 @@ class PerSampleKLTraining(Seam):
             quantities["kl"] = update.snapshot.kl(self._known(indices), mask, self.policy)
         if update.positions is not None:
             quantities["position"] = scatter_to_mask(update.positions[self._known(indices)].to(dtype), mask)
+        if update.ratio_bounds is not None:
+            bounds = update.ratio_bounds[:, self._known(indices)].to(dtype)
+            quantities["least_ratio"], quantities["greatest_ratio"] = (scatter_to_mask(bound, mask) for bound in bounds)
         return quantities
 
     def _tensor(self, value: float) -> th.Tensor:

@@ -1,5 +1,7 @@
 """What the algorithms share beside the update: their arguments, and what they refuse before anything is built."""
 
+import re
+
 import pytest
 from helpers import FAST, cartpole, pendulum, train
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -29,6 +31,27 @@ def test_constructor_refuses(kwargs, error, message):
 def test_bad_coefficient_is_refused_before_the_environment_is_made():
     with pytest.raises(ValueError, match="Did you mean 'step'"):
         KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta="stpe")
+
+
+@pytest.mark.parametrize(
+    ("beta", "beta_kwargs"),
+    [("dcpo", None), ("dppo", {"high": 0.3}), ("maspo", None), ("position", {"base": "dppo"})],
+)
+@pytest.mark.parametrize("algorithm", [KLipPPO, KLipRecurrentPPO])
+def test_what_means_probabilities_is_refused_where_actions_have_densities(algorithm, beta, beta_kwargs, monkeypatch):
+    coefficient = make(beta, **(beta_kwargs or {}))
+    message = re.escape(
+        f"beta={coefficient!r} needs actions that have a probability, in a Discrete, MultiDiscrete or MultiBinary"
+    )
+    policy = "MlpLstmPolicy" if algorithm is KLipRecurrentPPO else "MlpPolicy"
+    model = algorithm(policy, pendulum(), **FAST)
+    with pytest.raises(ValueError, match=message):
+        model.beta = coefficient
+    monkeypatch.setattr(algorithm, "policy_aliases", dict.fromkeys(algorithm.policy_aliases))  # nothing can be built of None
+    with pytest.raises(ValueError, match=message):
+        algorithm(policy, pendulum(), **FAST, beta=beta, beta_kwargs=beta_kwargs)
+    monkeypatch.undo()
+    assert repr(algorithm(policy, cartpole(), **FAST, beta=beta, beta_kwargs=beta_kwargs).beta) == repr(coefficient)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +95,7 @@ class OtherPolicy(ActorCriticPolicy):
 
 
 def test_sampled_estimators_need_no_closed_form():
-    for beta in ("fixed", "trust_region"):
+    for beta in ("fixed", "trust_region", "trust_region_guided"):
         with pytest.raises(ValueError, match=r"OtherDistribution.*'estimator': 'k3'"):
             KLipPPO(OtherPolicy, pendulum(), **FAST, beta=beta)
     with pytest.raises(ValueError, match="log_kl=True needs the closed form"):

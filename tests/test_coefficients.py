@@ -14,6 +14,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from sb3_klip.coefficients import Product, available, make
 from sb3_klip.divergence import categorical_kl, gaussian_kl
 from sb3_klip.surrogate import per_sample_beta, per_sample_kl_loss
+from sb3_klip.trust_region import categorical_ratio_bounds, default_delta
 
 
 def clipped(w, a, low, high):
@@ -42,6 +43,43 @@ def soft_adapted(w, a, clip_range, tau_pos=1.0, tau_neg=1.05):
     return 4 / tau * th.sigmoid(tau * (w - 1)) * a
 
 
+def redescended(w, a, clip_range, kappa_plus=10.0, nu=1.2836989988138):
+    """The function G of ANO: its slope, κ₊ν(1 - E) / ((1 + E)(E + ν)) with E = e^(α(x - 1 - ε)), integrated by hand."""
+    b = 1 + nu + kappa_plus * nu
+    alpha = -math.log((-b + math.sqrt(b * b - 4 * (nu - kappa_plus * nu))) / 2) / clip_range
+    y = alpha * (th.where(a < 0, 2 - w, w) - 1 - clip_range)
+    primitive = y / nu - 2 / (nu - 1) * th.logaddexp(y, 0 * y)
+    primitive = primitive + (1 + nu) / (nu * (nu - 1)) * th.logaddexp(y, 0 * y + math.log(nu))
+    return kappa_plus * nu / alpha * primitive * a.abs()
+
+
+def bounded(w, a, clip_range, temperature=0.001):
+    best = 1 - clip_range + 2 * clip_range * th.sigmoid(a / temperature)
+    return -(w - best).abs() * a.abs()
+
+
+def weighted(multiplier, w, a):
+    """REINFORCE with a weight that has no gradient, as token-level methods publish it; log w is log π and a constant."""
+    return multiplier.detach() * w.log() * a
+
+
+def gradient_preserved(w, a, clip_range, low=0.75, high=1.0):
+    inner, constant = w, w.detach()
+    above, below = (w > 1 + clip_range) & (a > 0), (w < 1 - clip_range) & (a < 0)
+    inner = th.where(above, high * (1 + clip_range) / constant * w, inner)
+    return th.where(below, low * (1 - clip_range) / constant * w, inner) * a
+
+
+def decayed(w, a, clip_range, n=1.0, m=2.0):
+    above, below = (w > 1 + clip_range) & (a > 0), (w < 1 - clip_range) & (a < 0)
+    weight = th.where(above, ((1 + clip_range) / w) ** (1 / m), th.where(below, (w / (1 - clip_range)) ** n, 1.0))
+    return weight.detach() * w * a
+
+
+def gamma(w, a, k, rate):
+    return weighted(w**k * th.exp(rate - rate * w), w, a)
+
+
 # The objectives as published: ℓ(w, Â) with ε, and where they have kinks, at which autograd splits a gradient in half.
 PUBLISHED = {
     "step": (lambda w, a, e: clipped(w, a, e, e), {}, lambda e: [1 - e, 1 + e]),
@@ -61,6 +99,16 @@ PUBLISHED = {
         {"tau_pos": 3.0, "tau_neg": 7.0},
         lambda e: [],
     ),
+    "redescending": (redescended, {}, lambda e: []),
+    "bounded_ratio": (bounded, {}, lambda e: [1 - e, 1, 1 + e]),
+    "truncated": (lambda w, a, e: weighted(w.clamp(0, 5), w, a), {}, lambda e: []),
+    "truncated both": (lambda w, a, e: weighted(w.clamp(0.7, 1.1), w, a), {"low": 0.3, "high": 0.1}, lambda e: []),
+    "tapered": (lambda w, a, e: weighted(th.where(a > 0, 1.0, w.clamp(0, 1)), w, a), {}, lambda e: []),
+    "gamma_weighted": (lambda w, a, e: th.where(a > 0, gamma(w, a, 2, 3), gamma(w, a, 3, 2)), {}, lambda e: []),
+    "gradient_preserving": (gradient_preserved, {}, lambda e: [1 - e, 1 + e]),
+    "gppo": (lambda w, a, e: gradient_preserved(w, a, e, 1.0, 1.0), {}, lambda e: [1 - e, 1 + e]),
+    "decoupled_decay": (decayed, {}, lambda e: [1 - e, 1 + e]),
+    "decoupled_decay fast": (lambda w, a, e: decayed(w, a, e, 3.0, 0.5), {"n": 3.0, "m": 0.5}, lambda e: [1 - e, 1 + e]),
 }
 
 
@@ -80,6 +128,88 @@ def test_beta_is_that_of_the_published_objective(case, w, a, epsilon):
     removal, _ = make(case.split()[0], **parameters)(ratio.detach(), advantages, epsilon)
     beta = per_sample_beta(ratio.detach(), advantages, removal)
     th.testing.assert_close(beta, expected, rtol=1e-9, atol=1e-9 * (1 + w * abs(a)))
+
+
+# -- coefficients that know the probability of the action -------------------------------------------------------------------
+
+
+def dynamic_bounds(q):
+    return 0.5 + 0.5 * math.sqrt(max(1 - 4 * 0.16 / q, 0)), 0.5 + 0.5 * math.sqrt(1 + 4 * 0.2 / q)
+
+
+def dynamically_clipped(w, a, q):
+    lower, upper = dynamic_bounds(q)
+    return th.min(w * a, w.clamp(lower, upper) * a)
+
+
+def clipped_by_probability(w, a, q):
+    """DPPO's mask: the policy has moved too far, and the step leads on in that direction."""
+    diverged = (q * w - q).abs() > 0.2
+    masked = diverged & (((a > 0) & (w > 1)) | ((a < 0) & (w < 1)))
+    return th.where(masked, w.detach(), w) * a
+
+
+def mass_adapted(w, a, q):
+    """MASPO's Gaussian gate on the ratio, which has no gradient."""
+    width = min(max(1.0 / q**0.3, 1.0), 10.0)
+    risk = th.where(a > 0, 1 + 0.03 * a, 1 / (1 - 0.03 * a.clamp(max=0))).clamp(0.1, 10)
+    gate = th.exp(-((w - 1) ** 2) / (2 * (width * risk) ** 2))
+    outward = ((a > 0) & (w > 1)) | ((a < 0) & (w < 1))
+    return th.where(outward, gate, 1.0).detach() * w * a
+
+
+OF_PROBABILITIES = {
+    "dynamic_clip": (dynamically_clipped, dynamic_bounds),
+    "probability_clip": (clipped_by_probability, lambda q: (1 - 0.2 / q, 1 + 0.2 / q)),
+    "mass_adaptive": (mass_adapted, lambda q: (1.0,)),
+}
+
+
+@pytest.mark.parametrize("name", OF_PROBABILITIES)
+@given(
+    w=st.floats(math.log(1e-3), math.log(1e3)).map(math.exp),
+    a=st.floats(-400, 400).filter(lambda a: a == 0 or abs(a) > 1e-6),
+    q=st.floats(math.log(1e-6), 0).map(math.exp),
+)
+def test_beta_is_that_of_the_published_objective_of_probabilities(name, w, a, q):
+    objective, kinks = OF_PROBABILITIES[name]
+    assume(all(abs(w - kink) > 1e-9 * (1 + kink) for kink in kinks(q)))
+    ratio = th.tensor([w], dtype=th.float64, requires_grad=True)
+    advantages, old_log_prob = th.tensor([a], dtype=th.float64), th.tensor([math.log(q)], dtype=th.float64)
+    slope = th.autograd.grad(objective(ratio, advantages, q).sum(), ratio)[0]
+    removal, _ = make(name)(ratio.detach(), advantages, 0.2, old_log_prob=old_log_prob)
+    beta = per_sample_beta(ratio.detach(), advantages, removal)
+    th.testing.assert_close(beta, ratio.detach() * (slope - advantages), rtol=1e-9, atol=1e-9 * (1 + w * abs(a)))
+
+
+@given(
+    w=st.floats(math.log(1e-2), math.log(1e2)).map(math.exp),
+    a=st.floats(-10, 10).filter(lambda a: abs(a) > 1e-6),
+    least=st.floats(0, 1),
+    greatest=st.floats(1, 50),
+    epsilon=st.floats(0.01, 0.9),
+)
+def test_beta_is_that_of_the_objective_clipped_at_the_bounds_of_a_trust_region(w, a, least, greatest, epsilon):
+    """TRGPPO's clip, whose range is at least PPO-Clip's."""
+    lower, upper = min(least, 1 - epsilon), max(greatest, 1 + epsilon)
+    assume(abs(w - lower) > 1e-9 and abs(w - upper) > 1e-9)
+    ratio, advantages, least, greatest = (th.tensor([x], dtype=th.float64) for x in (w, a, least, greatest))
+    ratio.requires_grad_()
+    objective = th.min(ratio * advantages, ratio.clamp(lower, upper) * advantages)
+    expected = ratio.detach() * (th.autograd.grad(objective.sum(), ratio)[0] - advantages)
+    removal, _ = make("trgppo")(ratio.detach(), advantages, epsilon, least_ratio=least, greatest_ratio=greatest)
+    th.testing.assert_close(per_sample_beta(ratio.detach(), advantages, removal), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kappa_plus", "kappa_minus"), [(10.0, -1.5), (3.0, -0.5), (30.0, -20.0), (1.5, -1.4)])
+def test_the_slope_of_redescending_is_what_its_parameters_say(kappa_plus, kappa_minus):
+    """ANO's four conditions, from which its two hidden constants follow."""
+    coefficient = make("redescending", kappa_plus=kappa_plus, kappa_minus=kappa_minus)
+    w = th.cat([th.tensor([1.0, 1.2, -500.0], dtype=th.float64), th.linspace(0, 30, 3_000_001, dtype=th.float64)])
+    slope = 1 - coefficient(w, th.ones_like(w), 0.2)[0]
+    th.testing.assert_close(slope[:3], th.tensor([1.0, 0.0, kappa_plus], dtype=th.float64), rtol=0, atol=1e-9)
+    assert slope.min().item() == pytest.approx(kappa_minus, abs=1e-6)
+    th.testing.assert_close(1 - coefficient(2 - w, -th.ones_like(w), 0.2)[0], slope, rtol=0, atol=1e-9)
 
 
 # Shapes that are published as a removal: values worked out by hand from g = clamp(d/δ, 0, 1), σ(d/τ) and (1-p)·1[outside],
@@ -129,15 +259,28 @@ def test_asymmetric_by_hand():
         ("clip_higher", {"low": 0.2, "high": 0.2}, "step"),
         ("position", {"start": 1.0, "end": 1.0}, "step"),
         ("smoothing", {"alpha": 0}, "none"),
+        ("gradient_preserving", {"low": 0, "high": 0}, "step"),
+        ("bounded_ratio", {"temperature": 1e-9}, "rollback steep"),
+        ("asymmetric", {"width_up": 0.05, "width_down": 0.05}, "linear_ramp"),
+        ("dual_clip", {"bound": 100}, "step"),
+        ("truncated", {"low": 1, "high": 100}, "none"),
+        ("gamma_weighted", {"k_pos": 1, "lambda_pos": 0, "k_neg": 1, "lambda_neg": 0}, "none"),
+        ("truly", {"alpha": 0}, "none"),
+        ("probability_clip", {"low": 0.2, "high": 0.28}, "clip_higher"),
+        ("trust_region_guided", {}, "step"),
     ],
 )
 def test_limits_are_the_same_bits(limit, parameters, reference):
+    """For an action of probability 1, and a trust region that admits no change."""
     generator = th.Generator().manual_seed(0)
     ratio = th.cat([th.exp(th.randn(1000, generator=generator) * 0.3), th.tensor([1.2, 0.8, 1.0])])
     advantages = th.randn(1003, generator=generator)
-    position = th.zeros_like(ratio)
-    removal, _ = make(limit, **parameters)(ratio, advantages, 0.2, position=position)
-    assert th.equal(removal, make(reference)(ratio, advantages, 0.2)[0])
+    zeros, ones = th.zeros_like(ratio), th.ones_like(ratio)
+    quantities = {"kl": ones, "position": zeros, "old_log_prob": zeros, "least_ratio": ones, "greatest_ratio": ones}
+    expected = make("rollback", slope=1.0) if reference == "rollback steep" else make(reference)
+    removal, _ = make(limit, **parameters)(ratio, advantages, 0.2, **quantities)
+    assert th.equal(removal, expected(ratio, advantages, 0.2)[0])
+    assert removal.any() == (reference != "none")
 
 
 def test_limits_that_are_approached():
@@ -147,6 +290,61 @@ def test_limits_that_are_approached():
     th.testing.assert_close(make("linear_ramp", width=1e9)(ratio, advantages, 0.2)[0], none, atol=1e-8, rtol=0)
     for name in ("sigmoid", "soft_min"):
         th.testing.assert_close(make(name, temperature=1e-3)(ratio, advantages, 0.2)[0], step, atol=1e-12, rtol=0)
+    th.testing.assert_close(make("decoupled_decay", n=300, m=1 / 300)(ratio, advantages, 0.2)[0], step, atol=1e-9, rtol=0)
+    for name, parameters in (
+        ("soft_adaptive", {"tau_pos": 1e-5, "tau_neg": 1e-5}),
+        ("mass_adaptive", {"sigma": 1e5, "sigma_max": 1e5}),
+    ):
+        removal, _ = make(name, **parameters)(ratio, advantages, 0.2, old_log_prob=th.zeros_like(ratio))
+        th.testing.assert_close(removal, none, atol=1e-9, rtol=0)
+
+
+SOME_RATIOS = th.linspace(0.005, 1.995, 200, dtype=th.float64)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_for_one_of_two_even_actions_the_ratio_says_what_the_divergence_says(sign):
+    """`trust_region` is `step` with another ε, and `trust_region_guided` has the very band of `step`."""
+    advantages = th.full_like(SOME_RATIOS, sign)
+    half = th.full_like(SOME_RATIOS, 0.5)
+    kl = -0.5 * (SOME_RATIOS * (2 - SOME_RATIOS)).log()
+    removal, _ = make("trust_region", delta=0.035)(SOME_RATIOS, advantages, 0.2, kl=kl)
+    epsilon = math.sqrt(1 - math.exp(-2 * 0.035))
+    assert th.equal(removal, make("step")(SOME_RATIOS, advantages, epsilon)[0])
+    least, greatest = categorical_ratio_bounds(half, default_delta("categorical", 0.2, 1))
+    th.testing.assert_close(least, th.full_like(half, 0.8))
+    th.testing.assert_close(greatest, th.full_like(half, 1.2))
+
+
+@given(q=st.floats(0.7, 1))
+def test_dynamic_clip_bounds_w_times_what_probability_clip_bounds(q):
+    lower, upper = dynamic_bounds(q)
+    for bound, change in ((upper, 0.2), (lower, -0.16)):
+        assert bound * q * (bound - 1) == pytest.approx(change)
+
+
+def test_tapered_is_truncated_for_bad_actions_and_supervised_for_good_ones():
+    bad, good = -th.ones_like(SOME_RATIOS), th.ones_like(SOME_RATIOS)
+    truncated, _ = make("truncated", low=1, high=0)(SOME_RATIOS, bad, 0.2)
+    assert th.equal(make("tapered")(SOME_RATIOS, bad, 0.2)[0], truncated)
+    removal, _ = make("tapered")(SOME_RATIOS, good, 0.2)
+    th.testing.assert_close(SOME_RATIOS * (1 - removal), good)  # log π(a) by itself
+
+
+def test_redescending_and_quadratic_agree_at_one_and_at_the_harmful_bound():
+    for sign in (1.0, -1.0):
+        ratio = th.tensor([1.0, 1 + sign * 0.2], dtype=th.float64)
+        for name in ("redescending", "quadratic"):
+            removal, _ = make(name)(ratio, th.full_like(ratio, sign), 0.2)
+            th.testing.assert_close(removal, th.tensor([0.0, 1.0], dtype=th.float64), rtol=0, atol=1e-9)
+
+
+def test_adaptive_is_fixed_until_an_update_has_ended():
+    ones = th.ones(3)
+    fixed, adaptive = make("fixed", value=2.0), make("adaptive", initial=2.0)
+    assert th.equal(adaptive(ones, ones, 0.2)[1], fixed(ones, ones, 0.2)[1])
+    adaptive.end_update(1.0)
+    assert not th.equal(adaptive(ones, ones, 0.2)[1], fixed(ones, ones, 0.2)[1])
 
 
 # -- coefficients that use the KL divergence, end to end -------------------------------------------------------------------
@@ -341,6 +539,11 @@ def test_a_product_is_the_first_coefficient_times_the_removal_of_the_second():
 
 
 HOSTILE = th.tensor([0.0, 1e-30, 0.8, 1.0, 1.2, 1e30, math.inf])
+#: Coefficients that reverse a gradient, or make it stronger.
+BEYOND_0_AND_1 = {
+    *("quadratic", "rollback", "redescending", "bounded_ratio"),
+    *("tapered", "gamma_weighted", "gradient_preserving"),
+}
 
 
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
@@ -350,18 +553,25 @@ HOSTILE = th.tensor([0.0, 1e-30, 0.8, 1.0, 1.2, 1e30, math.inf])
     [(name, e) for name in available() for e in (0.2, 1e-8, 0.0, -0.1) if e > 0 or not make(name).needs_clip_range],
 )
 def test_removals_of_hostile_ratios(name, advantage, clip_range):
-    """Finite ratios give finite removals, of which only those of `quadratic` and `rollback` exceed 1."""
+    """Finite ratios give finite removals, most of them a share of the gradient, however improbable the action was."""
     ratio = HOSTILE[:-1]
     zeros = th.zeros_like(ratio)
-    removal, weight = make(name)(ratio, th.full_like(ratio, advantage), clip_range, kl=zeros, position=zeros)
-    assert removal.isfinite().all()
-    assert (weight is None) or weight.isfinite().all()
-    if name not in ("quadratic", "rollback"):
-        assert ((removal >= 0) & (removal <= 1)).all()
+    for log_prob, greatest in ((0.0, 1.0), (-30.0, 1e12), (-200.0, math.inf)):
+        old_log_prob, greatest_ratio = th.full_like(ratio, log_prob), th.full_like(ratio, greatest)
+        quantities = {"old_log_prob": old_log_prob, "least_ratio": zeros, "greatest_ratio": greatest_ratio}
+        removal, weight = make(name)(ratio, th.full_like(ratio, advantage), clip_range, kl=zeros, position=zeros, **quantities)
+        assert removal.isfinite().all()
+        assert (weight is None) or weight.isfinite().all()
+        if name not in BEYOND_0_AND_1:
+            assert ((removal >= 0) & (removal <= 1)).all()
 
 
 @pytest.mark.parametrize(
-    "name", ["step", "linear_ramp", "sigmoid", "soft_min", "asymmetric", "clip_higher", "dual_clip", "soft_adaptive"]
+    "name",
+    [
+        *("step", "linear_ramp", "sigmoid", "soft_min", "asymmetric", "clip_higher", "dual_clip", "soft_adaptive"),
+        *("redescending", "gamma_weighted", "dynamic_clip", "probability_clip", "mass_adaptive"),
+    ],
 )
 def test_an_infinite_ratio_that_is_removed_leaves_finite_gradients(name):
     log_prob = th.tensor([200.0, 0.1], requires_grad=True)
@@ -370,7 +580,7 @@ def test_an_infinite_ratio_that_is_removed_leaves_finite_gradients(name):
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["none", "quadratic", "rollback", "smoothing"])
+@pytest.mark.parametrize("name", ["none", "quadratic", "rollback", "smoothing", "bounded_ratio"])
 def test_an_infinite_published_gradient_is_not_hidden(name):
     log_prob = th.tensor([200.0], requires_grad=True)
     gradient = th.autograd.grad(per_sample_kl_loss(log_prob, th.zeros(1), th.ones(1), name), log_prob)[0]
@@ -390,5 +600,7 @@ def test_one_sample_and_uniform_batches(name):
                 name,
                 kl=log_prob.square(),
                 position=zeros,
+                least_ratio=zeros + 0.7,
+                greatest_ratio=zeros + 1.3,
             )
             assert th.autograd.grad(loss, log_prob)[0].isfinite().all()

@@ -105,8 +105,9 @@ def test_the_bits_are_those_of_ppo(case: str) -> None:
     assert_same(ours, make_model(PPO).learn(STEPS))
 
 
-#: Of each kind one: the clip itself, one that looks at the KL divergence, one with a weight, and one that looks at positions.
-FEW = ("step", "trust_region", "fixed", "position")
+#: Of each kind one: the clip itself, one that looks at the KL divergence, one with a weight, and those that look at what else
+#: there is to know of each sample.
+FEW = ("step", "trust_region", "fixed", "position", "trust_region_guided", "mass_adaptive")
 
 
 @pytest.mark.parametrize(
@@ -114,10 +115,11 @@ FEW = ("step", "trust_region", "fixed", "position")
     [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in available() if make(name).is_constant],
 )
 def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Callable[..., Any]) -> None:
-    ours = model(beta=name).learn(STEPS)
+    env = "CartPole-v1" if make(name).needs_probabilities else "Pendulum-v1"
+    ours = model(env=env, beta=name).learn(STEPS)
     assert ours.update_path == "traced"
     assert traced(ours)
-    assert_same(ours, eager(model(beta=name)))
+    assert_same(ours, eager(model(env=env, beta=name)))
 
 
 def test_constant_coefficients_are_most_of_them() -> None:

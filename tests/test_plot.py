@@ -213,7 +213,7 @@ def test_weight_is_drawn_where_there_is_no_beta():
 
 
 @pytest.mark.parametrize("size", figures.SIZES)
-@pytest.mark.parametrize("figure", ["landscape", "gradient", "distribution"])
+@pytest.mark.parametrize("figure", ["landscape", "gradient", "atlas", "distribution"])
 def test_files(figure, size, run, tmp_path, capsys):
     arguments = [figure, *([str(run)] if figure == "distribution" else []), "--size", size]
     assert main(arguments) == 0
@@ -236,7 +236,7 @@ def test_output(output, stem, capsys, tmp_path):
 
 
 ERRORS = [
-    ("landscap", ["FIGURE: 'landscap'", "landscape, gradient, distribution", "Did you mean 'landscape'?"]),
+    ("landscap", ["FIGURE: 'landscap'", "landscape, gradient, atlas, distribution", "Did you mean 'landscape'?"]),
     ("landscape stp", ["beta='stp'", "Did you mean 'step'?", "quadratic"]),
     ("gradient no_module:function", ["beta='no_module:function'", "module:function"]),
     ("gradient sigmoid:temp=1", ["'sigmoid' has no parameter 'temp'", "Did you mean 'temperature'?"]),
@@ -247,7 +247,10 @@ ERRORS = [
     ("gradient fixed", ["'fixed'", "analytic KL", "fixed:estimator=k3", "k1"]),
     ("landscape step ppo_adaptive_kl:initial=2", ["'ppo_adaptive_kl:initial=2'", "ppo_adaptive_kl:estimator=k3"]),
     ("landscape truly", ["'truly'", "analytic KL"]),
-    ("landscape trust_region", ["'trust_region'", "also depends on kl"]),
+    ("landscape trust_region", ["'trust_region'", "also depends on kl", "the atlas has it"]),
+    ("gradient trgppo", ["'trgppo'", "also depends on least_ratio and greatest_ratio"]),
+    ("atlas step", ["unrecognized arguments: step"]),
+    ("atlas --clip-range 1", ["--clip-range: 1.0", "between 0 and 1"]),
     ("landscape position", ["'position'", "also depends on position"]),
     ("gradient --clip-range 1", ["--clip-range: 1.0", "between 0 and 1"]),
     ("gradient --clip-range nan", ["--clip-range: nan", "between 0 and 1"]),

@@ -22,6 +22,7 @@ from sb3_klip.surrogate import (
     weight_space_loss,
     weight_space_penalty,
 )
+from sb3_klip.trust_region import categorical_ratio_bounds
 
 
 @st.composite
@@ -290,6 +291,57 @@ def test_token_level_grpo():
     )
 
 
+def test_sequence_level_gspo():
+    """GSPO (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens', is clipped."""
+    log_prob, old, advantages, mask = token_batch()
+    ratio = (((log_prob - old) * mask).sum(dim=1) / mask.sum(dim=1)).exp()
+    objective = th.min(ratio * advantages[:, 0], ratio.clamp(1 - 0.05, 1 + 0.05) * advantages[:, 0])
+    expected = gradient(-objective.mean(), log_prob)
+    assert 0 < (expected != 0).any(dim=1).sum() < len(mask)  # some sequences are clipped
+    ours = per_sample_kl_loss(log_prob, old, advantages, "step", 0.05, mask=mask, reduction="sequence_mean", ratio="sequence")
+    th.testing.assert_close(gradient(ours, log_prob), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_sequence_level_with_advantages_of_tokens():
+    """GSPO-token: the ratio's value is the sequence's, its gradient that of the token's log-probability."""
+    log_prob, old, advantages, mask = token_batch()
+    advantages = advantages + th.linspace(-1, 1, 9, dtype=th.float64)
+    mean = ((log_prob - old) * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+    ratio = (mean.detach() + log_prob - log_prob.detach()).exp()
+    objective = th.min(ratio * advantages, ratio.clamp(1 - 0.05, 1 + 0.05) * advantages)
+    expected = gradient(-objective[mask].mean(), log_prob)
+    ours = per_sample_kl_loss(log_prob, old, advantages, "step", 0.05, mask=mask, ratio="sequence")
+    th.testing.assert_close(gradient(ours, log_prob), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_sequences_of_one_token_have_the_ratio_of_that_token():
+    generator = th.Generator().manual_seed(0)
+    old, log_prob, advantages = (th.randn(20, 1, generator=generator) for _ in range(3))
+    by_sequence = per_sample_kl_loss(log_prob, old, advantages, ratio="sequence")
+    assert th.equal(by_sequence, per_sample_kl_loss(log_prob, old, advantages))
+    with pytest.raises(ValueError, match=r"ratio='tokens'.*Did you mean 'token'"):
+        per_sample_kl_loss(log_prob, old, advantages, ratio="tokens")
+    with pytest.raises(ValueError, match=r"ratio='sequence' needs shape \(B, T\)"):
+        per_sample_kl_loss(log_prob[:, 0], old[:, 0], advantages[:, 0], ratio="sequence")
+
+
+@pytest.mark.parametrize("name", ["dppo", "dcpo", "maspo", "trgppo"])
+def test_tokens_have_probabilities(name):
+    """What the coefficients ask for is at hand, and masked tokens do not matter, whatever stands there."""
+    log_prob, old, advantages, mask = token_batch()
+    old = old.log_softmax(dim=1)
+    bounds = categorical_ratio_bounds(old.exp(), 0.02)
+    loss = functools.partial(per_sample_kl_loss, advantages=advantages, coefficient=name, mask=mask)
+    quantities = dict(zip(("least_ratio", "greatest_ratio"), bounds, strict=True)) if name == "trgppo" else {}
+    expected = gradient(loss(log_prob, old, **quantities), log_prob)
+    removal, _ = make(name)((log_prob - old).exp().detach(), advantages, 0.2, old_log_prob=old, **quantities)
+    assert removal[mask].any()
+    by_hand = -(log_prob - old).exp() * advantages * (1 - removal)
+    th.testing.assert_close(expected[mask], (by_hand / mask.sum())[mask].detach())
+    padded = gradient(loss(log_prob, old.masked_fill(~mask, -math.inf), **quantities), log_prob)
+    assert th.equal(padded, expected)
+
+
 def test_a_sequence_of_which_no_token_counts_adds_nothing():
     log_prob, old, advantages, mask = token_batch()
     counted = per_sample_kl_loss(log_prob[1:], old[1:], advantages[1:], mask=mask[1:], reduction="sequence_mean")
@@ -319,6 +371,7 @@ ONE_NUMBER = [
     weight_space_loss,
     per_sample_kl_loss,
     functools.partial(per_sample_kl_loss, reduction="sequence_mean"),
+    functools.partial(per_sample_kl_loss, reduction="sequence_mean", ratio="sequence"),
     lambda *args, **kwargs: per_sample_kl_loss(*args, **kwargs, reduction="none").sum(),
 ]
 

@@ -150,7 +150,8 @@ def main() -> None:
     if args.compile:
         models["compiled"] = {"beta": args.beta, "compile": True}
     if args.coefficients:
-        settings, models = settings[:1], {name: {"beta": name} for name in available()}
+        settings = settings[:1]
+        models = {name: {"beta": name} for name in available() if not make(name).needs_probabilities}  # actions are a Box
         # What the coefficients that need the rollout policy's distribution cost without it.
         for name in [name for name in available() if make(name).estimator == "analytic" and name != "truly"]:
             models[f"{name}, k3"] = {"beta": name, "beta_kwargs": {"estimator": "k3"}}

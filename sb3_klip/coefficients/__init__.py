@@ -22,14 +22,14 @@ parameters. A coefficient of the KL-penalty family returns a pair: the removal, 
 parameter or attribute ``estimator`` names.
 """
 
-from sb3_klip.coefficients import clipping, penalties, position, pushing_back, reweighting, softening
+from sb3_klip.coefficients import clipping, penalties, position, pushing_back, reweighting, softening, state_kl
 from sb3_klip.coefficients.coefficient import QUANTITIES, Coefficient, CoefficientLike
 from sb3_klip.coefficients.position import Product
 from sb3_klip.coefficients.registry import Entry, UnknownCoefficientError, available, entries, make, register
 from sb3_klip.surrogate import ESTIMATORS
 
 #: The modules of the family, in the order in which tables show them; the first line of each says what its members do.
-FAMILY = (clipping, softening, pushing_back, reweighting, penalties, position)
+FAMILY = (clipping, softening, pushing_back, reweighting, state_kl, penalties, position)
 
 __all__ = [
     "ESTIMATORS",
@@ -50,4 +50,5 @@ __all__ = [
     "register",
     "reweighting",
     "softening",
+    "state_kl",
 ]

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch as th
 
-from sb3_klip.coefficients.parameters import Interval, NonNegative
+from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive
 from sb3_klip.coefficients.registry import register
 
 
@@ -97,3 +97,77 @@ def dual_clip(
     :return: removal
     """
     return step(ratio, advantages, clip_range).masked_fill((advantages < 0) & (ratio > bound), 1.0)
+
+
+@register(
+    "dynamic_clip",
+    "dcpo",
+    formula="1 past 1/2 + sqrt(1 + 4 high / q) / 2 where Â > 0, past 1/2 + sqrt(max(1 - 4 low / q, 0)) / 2 where Â < 0",
+    source="DCPO, arXiv 2509.02333",
+    search={"low": (0.03, 0.5), "high": (0.03, 0.5)},
+)
+def dynamic_clip(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float | th.Tensor,
+    old_log_prob: th.Tensor,
+    *,
+    low: Positive = 0.16,
+    high: Positive = 0.2,
+) -> th.Tensor:
+    """
+    ``step`` with a band that is the wider, the smaller the action's probability q: ``q w |w - 1|`` is bounded.
+
+    DCPO's other parts, its advantages and its averages over tokens, belong to no coefficient.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: not used
+    :param old_log_prob: log q, of a probability
+    :param low: bound on q w (1 - w) where w < 1
+    :param high: bound on q w (w - 1) where w > 1
+    :return: removal
+    """
+    inverse = (-old_log_prob).exp()
+    lower = 0.5 + (1 - 4 * low * inverse).clamp(min=0).sqrt() / 2
+    upper = 0.5 + (1 + 4 * high * inverse).sqrt() / 2
+    return clip_removal(ratio, advantages, lower, upper)
+
+
+dynamic_clip.needs_probabilities = True  # type: ignore[attr-defined]
+
+
+@register(
+    "probability_clip",
+    "dppo",
+    formula="1 where Â > 0 and q (w - 1) > high, and where Â < 0 and q (1 - w) > low, else 0",
+    source="DPPO, with the total variation of the sampled action against all others, arXiv 2602.04879",
+    search={"low": (0.01, 0.5), "high": (0.01, 0.5)},
+)
+def probability_clip(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float | th.Tensor,
+    old_log_prob: th.Tensor,
+    *,
+    low: NonNegative = 0.2,
+    high: NonNegative = 0.2,
+) -> th.Tensor:
+    """
+    A sample is dropped where its action's probability, and not its ratio, has changed too far in the step's direction.
+
+    The change ``q |w - 1|`` is the total variation between the two policies when all other actions count as one.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: not used
+    :param old_log_prob: log q, of a probability
+    :param low: bound on how far the probability falls
+    :param high: bound on how far the probability rises
+    :return: removal
+    """
+    change = old_log_prob.exp() * (ratio - 1)
+    return (((advantages > 0) & (change > high)) | ((advantages < 0) & (change < -low))).to(ratio.dtype)
+
+
+probability_clip.needs_probabilities = True  # type: ignore[attr-defined]

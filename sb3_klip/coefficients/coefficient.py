@@ -15,6 +15,10 @@ from sb3_klip.errors import did_you_mean
 QUANTITIES: dict[str, str] = {
     "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
     "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
+    "old_log_prob": "log π_old(a|s) of each sample, of a density where actions are continuous; tensor like the ratio",
+    "least_ratio": "least ratio that a policy with KL(π_old ‖ π) <= delta can give the action, delta being its parameter "
+    "(sb3_klip.trust_region); tensor like the ratio",
+    "greatest_ratio": "greatest ratio, likewise; tensor like the ratio",
     "progress": "share of training done, from 0 to 1; float",
 }
 
@@ -56,6 +60,8 @@ class Coefficient:
         self.estimator: str | None = self.settings.get("estimator", getattr(function, "estimator", None))
         #: Whether it is undefined for a clip range of 0 or less.
         self.needs_clip_range: bool = getattr(function, "needs_clip_range", False)
+        #: Whether it takes exp(``old_log_prob``) for a probability, which it is not where actions are continuous.
+        self.needs_probabilities: bool = getattr(function, "needs_probabilities", False)
         #: Whether :meth:`end_update` does anything.
         self.learns = hasattr(function, "end_update")
         self.set_progress(1.0)
@@ -65,6 +71,16 @@ class Coefficient:
     def needs_kl(self) -> bool:
         """Whether the rollout policy's distribution is needed in every minibatch."""
         return "kl" in self.requests or self.estimator == "analytic"
+
+    @property
+    def needs_ratio_bounds(self) -> bool:
+        """Whether it asks for what ratios a policy within a trust region can have."""
+        return "least_ratio" in self.requests or "greatest_ratio" in self.requests
+
+    @property
+    def delta(self) -> float | None:
+        """The parameter ``delta``: size in nats of the trust region of ``least_ratio`` and ``greatest_ratio``."""
+        return self.values.get("delta")
 
     @property
     def is_constant(self) -> bool:
@@ -174,7 +190,14 @@ class Coefficient:
         advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
         trial = copy.copy(self)
         trial.function = _own(self.function)
-        result = trial(ratio, advantages, 0.2, kl=th.full_like(ratio, 0.05), position=th.zeros_like(ratio))
+        samples = {
+            "kl": th.full_like(ratio, 0.05),
+            "position": th.zeros_like(ratio),
+            "old_log_prob": th.full_like(ratio, -1.0),
+            "least_ratio": th.full_like(ratio, 0.7),
+            "greatest_ratio": th.full_like(ratio, 1.5),
+        }
+        result = trial(ratio, advantages, 0.2, **samples)
         for what, tensor in zip(("removal", "weight"), result, strict=True):
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(

@@ -50,13 +50,13 @@ Fraction: TypeAlias = Annotated[float, Interval(0.0, 1.0)]
 Schedule: TypeAlias = Callable[[float], float]
 
 
-def constant_like(value: float, like: th.Tensor) -> th.Tensor:
+def constant_like(value: float | th.Tensor, like: th.Tensor) -> th.Tensor:
     """
     A tensor with one number for all samples.
 
     Not ``full_like``, which ``torch.compile`` would compile anew for each number that a schedule takes.
 
-    :param value: the number
+    :param value: the number, or a tensor of one
     :param like: tensor of one value per sample
     """
     return th.zeros_like(like) + value

@@ -1,4 +1,4 @@
-"""Coefficients that see the KL divergence of each state, or put a weight on an estimate of it."""
+"""Coefficients that penalise: a weight, one for all samples, on an estimate of the KL divergence."""
 
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -8,70 +8,6 @@ from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive, co
 from sb3_klip.coefficients.registry import register
 
 Estimator: TypeAlias = Literal["analytic", "k1", "k3"]
-
-
-@register(
-    "trust_region",
-    "tr_ppo",
-    formula="1 where the state's KL >= delta and (w - 1) Â > 0, else 0",
-    source='TR-PPO, Y. Wang et al., "Truly Proximal Policy Optimization", UAI 2020, arXiv 1903.07940',
-    search={"delta": (0.003, 0.1)},
-)
-def trust_region(
-    ratio: th.Tensor,
-    advantages: th.Tensor,
-    clip_range: float | th.Tensor,
-    kl: th.Tensor,
-    *,
-    delta: Positive = 0.035,
-) -> th.Tensor:
-    """
-    A sample is dropped where its state's KL divergence has reached a bound and the step goes on in that direction.
-
-    :param ratio: importance ratio w
-    :param advantages: advantage Â
-    :param clip_range: not used
-    :param kl: KL(π_old ‖ π_new) of each state
-    :param delta: bound, in nats
-    :return: removal
-    """
-    return leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
-
-
-def leaves_trust_region(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, delta: float) -> th.Tensor:
-    """Samples whose state has left the trust region, and that would lead on away from it."""
-    return (kl >= delta) & ((ratio - 1) * advantages > 0)
-
-
-@register(
-    "truly",
-    "truly_ppo",
-    formula="b = alpha where the state's KL >= delta and (w - 1) Â > 0, else 0",
-    source='Truly PPO, Y. Wang et al., "Truly Proximal Policy Optimization", UAI 2020, arXiv 1903.07940',
-    search={"delta": (0.003, 0.1), "alpha": (0.5, 50.0)},
-)
-class Truly:
-    """
-    A penalty on the analytic KL where it has reached a bound and the step goes on in that direction; w Â is kept as it is.
-
-    :param delta: bound, in nats
-    :param alpha: weight, per nat
-    """
-
-    estimator = "analytic"
-
-    def __call__(
-        self,
-        ratio: th.Tensor,
-        advantages: th.Tensor,
-        clip_range: float | th.Tensor,
-        kl: th.Tensor,
-        *,
-        delta: Positive = 0.03,
-        alpha: NonNegative = 5.0,
-    ) -> tuple[th.Tensor, th.Tensor]:
-        """Removal and weight of each sample."""
-        return th.zeros_like(ratio), alpha * leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
 
 
 @register(

@@ -26,10 +26,15 @@ class Product(Coefficient):
         self.function = base.function
         self.requests = tuple(dict.fromkeys(factor.requests + base.requests))
         self.estimator, self.needs_clip_range, self.learns = base.estimator, base.needs_clip_range, base.learns
+        self.needs_probabilities = base.needs_probabilities or factor.needs_probabilities
 
     @property
     def is_constant(self) -> bool:
         return self.base.is_constant and self.factor.is_constant
+
+    @property
+    def delta(self) -> float | None:
+        return (self.base if self.base.needs_ratio_bounds else self.factor).delta
 
     def set_progress(self, progress_remaining: float) -> None:
         self.base.set_progress(progress_remaining)

@@ -1,9 +1,12 @@
 """Coefficients that push a sample past the bound back to the band."""
 
+import math
+from typing import Annotated
+
 import torch as th
 
 from sb3_klip.coefficients.clipping import step
-from sb3_klip.coefficients.parameters import NonNegative
+from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive
 from sb3_klip.coefficients.registry import register
 
 
@@ -41,3 +44,84 @@ def quadratic(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
 
 
 quadratic.needs_clip_range = True  # type: ignore[attr-defined]
+
+
+@register(
+    "bounded_ratio",
+    "bpo",
+    formula="2 where (w - w*) Â > 0, w* = 1 + ε tanh(Â / (2 temperature)), else 0",
+    source="BPO, arXiv 2604.18578, there with ε = 0.3 and advantages over a median of returns that a second value head learns",
+    search={"temperature": (0.0001, 1.0)},
+)
+def bounded_ratio(
+    ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, temperature: Positive = 0.001
+) -> th.Tensor:
+    """
+    The gradient of ``-|w - w*| |Â|``: with full strength towards the ratio w* that the best policy within the band has.
+
+    Only the loss is here; the advantages are the usual ones. Written as in the paper, w* is 1 - ε + 2 ε σ(Â / λ).
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: half-width ε
+    :param temperature: λ, in units of the advantage; with 0.001, w* is a bound of the band for nearly all samples
+    :return: removal
+    """
+    best = 1 + clip_range * th.tanh(advantages / (2 * temperature))
+    return 2 * ((ratio - best) * advantages > 0).to(ratio.dtype)
+
+
+@register(
+    "redescending",
+    "ano",
+    formula="1 + kappa_plus ν tanh(y / 2) / (e^y + ν), y = a (x - 1 - ε), x = w where Â >= 0 and 2 - w where Â < 0; ν and a "
+    "follow from kappa_plus, kappa_minus and ε",
+    source="ANO, arXiv 2605.02320",
+    search={"kappa_plus": (3.0, 30.0)},
+)
+def redescending(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float | th.Tensor,
+    *,
+    kappa_plus: Annotated[float, Interval(1.0, low_open=True)] = 10.0,
+    kappa_minus: Annotated[float, Interval(high=0.0, high_open=True)] = -1.5,
+) -> th.Tensor:
+    """
+    The gradient falls to zero at the harmful bound, pushes back past it, and dies out far from it; needs ε > 0.
+
+    ``1 - g`` is the slope G'(x) of a function that rises with slope ``kappa_plus`` far before the bound, and never falls with
+    a slope below ``kappa_minus``; ν and a make that so, and G'(1) = 1.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: half-width ε
+    :param kappa_plus: greatest slope
+    :param kappa_minus: least slope, greater than -``kappa_plus``
+    :return: removal
+    :raises ValueError: if ``-kappa_minus`` is not less than ``kappa_plus``
+    """
+    nu, exponent = redescending_shape(kappa_plus, kappa_minus)
+    x = th.where(advantages < 0, 2 - ratio, ratio)
+    y = exponent * (x - 1 - clip_range) / clip_range
+    return 1 + kappa_plus * nu * th.tanh(y / 2) / (y.exp() + nu)
+
+
+redescending.needs_clip_range = True  # type: ignore[attr-defined]
+
+
+def redescending_shape(kappa_plus: float, kappa_minus: float) -> tuple[float, float]:
+    """
+    ν and a ε of :func:`redescending`, from min G' = ``kappa_minus`` and G'(1) = 1 in closed form.
+
+    :raises ValueError: if ``-kappa_minus`` is not less than ``kappa_plus``
+    """
+    k = -kappa_minus
+    if k >= kappa_plus:
+        raise ValueError(f"kappa_minus={kappa_minus:g} of 'redescending' must be greater than -kappa_plus={-kappa_plus:g}")
+    a, b, c = kappa_plus - k, -4 * k, -(2 * kappa_plus + 4 * k)
+    s = (-b + math.sqrt(b * b - 4 * a * c)) / (2 * a)
+    nu = s * s / 2 - 1
+    b, c = 1 + nu + kappa_plus * nu, nu - kappa_plus * nu
+    at_one = (-b + math.sqrt(b * b - 4 * c)) / 2  # e^y at x = 1
+    return nu, -math.log(at_one)

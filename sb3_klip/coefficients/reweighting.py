@@ -1,8 +1,10 @@
 """Coefficients with no bound on the ratio, which weigh every sample in the same way."""
 
+from typing import Annotated
+
 import torch as th
 
-from sb3_klip.coefficients.parameters import Fraction, Positive, constant_like
+from sb3_klip.coefficients.parameters import Fraction, Interval, NonNegative, Positive, constant_like
 from sb3_klip.coefficients.registry import register
 
 
@@ -77,3 +79,104 @@ def soft_adaptive(
     temperature = th.where(advantages > 0, constant_like(tau_pos, ratio), constant_like(tau_neg, ratio))
     # 1 - 4p(1 - p) is tanh² of half the argument, without the loss of digits near w = 1
     return th.tanh(temperature * (ratio - 1) / 2).square()
+
+
+def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
+    """
+    The removal with which ``multiplier`` takes the place of w: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
+
+    It is finite: a ratio that underflows to 0 counts as the least positive number of its dtype. A bounded m loses digits where
+    w is large, as ``1 - g`` does: in single precision it is off by about 1e-7 w, and a ratio that overflows counts as removed.
+
+    :param multiplier: m, at most 1 where the ratio underflows; tensor like the ratio, as a number divided by a tensor rounds
+        otherwise
+    :param ratio: importance ratio w
+    :return: removal, exactly 0 where m = w
+    """
+    return 1 - multiplier / ratio.clamp(min=th.finfo(ratio.dtype).tiny)
+
+
+@register(
+    "truncated",
+    "cispo",
+    formula="1 - clamp(w, 1 - low, 1 + high) / w",
+    source="CISPO, arXiv 2506.13585, which gives no number for high; that of arXiv 2510.13786",
+    search={"high": (0.1, 10.0)},
+)
+def truncated(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float | th.Tensor,
+    *,
+    low: Fraction = 1.0,
+    high: NonNegative = 4.0,
+) -> th.Tensor:
+    """
+    REINFORCE with a truncated importance ratio: no sample is dropped, and none counts more than 1 + ``high`` times.
+
+    :param ratio: importance ratio w
+    :param advantages: not used
+    :param clip_range: not used
+    :param low: the ratio counts as at least 1 - ``low``
+    :param high: the ratio counts as at most 1 + ``high``
+    :return: removal
+    """
+    multiplier = ratio.clamp(1 - low, 1 + high)
+    return removal_of(multiplier, ratio).masked_fill(multiplier == ratio, 0.0)  # also where both are 0
+
+
+@register(
+    "tapered",
+    "topr",
+    formula="1 - 1 / w where Â > 0, 1 - clamp(w, 0, 1) / w elsewhere",
+    source="TOPR, arXiv 2503.14286, there with the ratio and the return of a sequence",
+    search={},
+)
+def tapered(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
+    """
+    A good action is learnt as if it had just been sampled; a bad one counts less and less as it becomes improbable.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: not used
+    :return: removal
+    """
+    bad = truncated(ratio, advantages, clip_range, low=1.0, high=0.0)
+    return th.where(advantages > 0, removal_of(th.ones_like(ratio), ratio), bad)
+
+
+@register(
+    "gamma_weighted",
+    "vespo",
+    formula="1 - w^(k - 1) exp(lambda (1 - w)), k_pos and lambda_pos where Â > 0, k_neg and lambda_neg elsewhere",
+    source="VESPO, arXiv 2602.10693, there with the ratio of a sequence",
+    search={"k_pos": (1.0, 5.0), "lambda_pos": (0.3, 10.0), "k_neg": (1.0, 5.0), "lambda_neg": (0.3, 10.0)},
+)
+def gamma_weighted(
+    ratio: th.Tensor,
+    advantages: th.Tensor,
+    clip_range: float | th.Tensor,
+    *,
+    k_pos: Annotated[float, Interval(1.0)] = 2.0,
+    lambda_pos: NonNegative = 3.0,
+    k_neg: Annotated[float, Interval(1.0)] = 3.0,
+    lambda_neg: NonNegative = 2.0,
+) -> th.Tensor:
+    """
+    The ratio replaced by ``w^k exp(λ(1 - w))``, the density of a gamma distribution up to a factor: 1 at w = 1.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param clip_range: not used
+    :param k_pos: k where Â > 0
+    :param lambda_pos: λ where Â > 0
+    :param k_neg: k where Â <= 0
+    :param lambda_neg: λ where Â <= 0
+    :return: removal
+    """
+    good = advantages > 0
+    k = th.where(good, constant_like(k_pos, ratio), constant_like(k_neg, ratio))
+    rate = th.where(good, constant_like(lambda_pos, ratio), constant_like(lambda_neg, ratio))
+    # As one exponential, as a power that overflows times an exponential that underflows is NaN. xlogy(0, 0) is 0.
+    finite = ratio.clamp(max=th.finfo(ratio.dtype).max)
+    return -th.expm1(th.xlogy(k - 1, finite) + rate * (1 - finite))

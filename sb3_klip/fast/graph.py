@@ -138,7 +138,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     constants = _constants(update)
     numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient))
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
-    needs_indices = update.snapshot is not None or update.positions is not None
+    needs_indices = any(each is not None for each in (update.snapshot, update.positions, update.ratio_bounds))
     ready: dict[int, Callable[..., Any]] = {}
     if len(graphs.uses) > 1000:  # numbers that change with every update
         graphs.uses.clear()
@@ -215,7 +215,7 @@ def _constants(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
     numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
-    return [*numbers, *snapshot, *(() if update.positions is None else (update.positions,))]
+    return [*numbers, *snapshot, *(each for each in (update.positions, update.ratio_bounds) if each is not None)]
 
 
 def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
@@ -231,6 +231,8 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
         update = update._replace(snapshot=snapshot)
     if update.positions is not None:
         update = update._replace(positions=next(constant))
+    if update.ratio_bounds is not None:
+        update = update._replace(ratio_bounds=next(constant))
     return type(example)(*values), next(row, None), update
 
 
