@@ -15,6 +15,7 @@ from sb3_klip.errors import did_you_mean
 QUANTITIES: dict[str, str] = {
     "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
     "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
+    "age": "updates since the sample was collected, 0 in the last rollout (and everywhere with reuse=1); tensor like the ratio",
     "progress": "share of training done, from 0 to 1; float",
 }
 
@@ -174,7 +175,8 @@ class Coefficient:
         advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
         trial = copy.copy(self)
         trial.function = _own(self.function)
-        result = trial(ratio, advantages, 0.2, kl=th.full_like(ratio, 0.05), position=th.zeros_like(ratio))
+        zeros = th.zeros_like(ratio)
+        result = trial(ratio, advantages, 0.2, kl=th.full_like(ratio, 0.05), position=zeros, age=zeros)
         for what, tensor in zip(("removal", "weight"), result, strict=True):
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(

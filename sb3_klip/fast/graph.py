@@ -148,7 +148,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         graphs.uses.clear()
 
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
-        asked = indices if update.snapshot is not None or update.positions is not None else None
+        asked = None if update.snapshot is update.positions is update.ages is update.replayed is None else indices
         rows = _rows(rollout_data, asked)
         key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
         graphs.uses[key] = graphs.uses.get(key, 0) + 1
@@ -211,7 +211,8 @@ def _constants(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
     numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
-    return [*numbers, *snapshot, *(() if update.positions is None else (update.positions,))]
+    columns = [column for column in (update.positions, update.ages) if column is not None]
+    return [*numbers, *snapshot, *columns, *(update.replayed or ())]
 
 
 def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
@@ -227,6 +228,10 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
         update = update._replace(snapshot=snapshot)
     if update.positions is not None:
         update = update._replace(positions=next(constant))
+    if update.ages is not None:
+        update = update._replace(ages=next(constant))
+    if update.replayed is not None:
+        update = update._replace(replayed=type(update.replayed)(*constant))
     return type(example)(*values), next(row, None), update
 
 
