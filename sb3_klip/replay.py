@@ -9,7 +9,6 @@ updates old has the weight ``p_(i+1)``, and ``ω = M p_(i+1)`` in a mean over al
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -66,8 +65,6 @@ def weights_by_age(reuse: Any) -> np.ndarray:
         raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}: {(weights / total).tolist() if total else allowed}")
     if weights[0] == 0:
         raise ValueError(f"reuse={reuse!r} must have a weight above 0 for the newest rollout, which stands first")
-    if (np.diff(weights) > 0).any():
-        warnings.warn(f"reuse={reuse!r} weighs an older rollout more than a newer one; the newest stands first", stacklevel=2)
     return weights / total
 
 

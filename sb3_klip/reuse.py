@@ -7,6 +7,7 @@ last state, the states at which a time limit ended an episode, and the state aft
 
 import copy
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,9 +97,11 @@ class SampleReuse(PerSampleKLTraining):
 
         :raises ValueError: if they do not fit into memory, or the rollout buffer is not one of SB3's or sb3-contrib's
         """
-        number, buffer = len(weights_by_age(self.reuse)), self.rollout_buffer
-        if number == 1:
+        weights, buffer = weights_by_age(self.reuse), self.rollout_buffer
+        if len(weights) == 1:
             return
+        if (np.diff(weights) > 0).any():
+            warnings.warn(f"reuse={self.reuse!r} weighs an older rollout more than a newer; the newest stands first", stacklevel=4)
         if type(buffer) not in BUFFERS:
             raise ValueError(
                 f"reuse={self.reuse!r} keeps rollouts of SB3's and sb3-contrib's own buffers, whose arrays are known, and not of "
@@ -106,6 +109,7 @@ class SampleReuse(PerSampleKLTraining):
             )
         arrays = [array for name in _ARRAYS if hasattr(buffer, name) for array in _leaves(getattr(buffer, name))]
         # Twice while the policy is updated, as it is put together then, and SB3 flattens what it draws from.
+        number = len(weights)
         needed, memory = 3 * number * sum(array.nbytes for array in arrays), _memory()
         if memory is not None and needed > memory:
             raise ValueError(
