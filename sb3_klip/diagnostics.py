@@ -122,7 +122,7 @@ class UpdateLog:
         shifted, weights, centre = ratio, None, None
         if self.minibatches[0].replayed is not None:
             shifted = join([m.shifted_ratio() for m in self.minibatches])
-            weights, centre = (th.cat(column) for column in zip(*(m.replayed for m in self.minibatches), strict=True))  # type: ignore[misc]
+            weights, centre = (th.cat(column) for column in zip(*(m.replayed for m in self.minibatches), strict=True))
         kill, passed, _ = partition(shifted, advantages, self.clip_range)
         beta = per_sample_beta(ratio, advantages, removal)
         kl_penalty = -beta * log_ratio

@@ -81,7 +81,7 @@ class SampleReuse(PerSampleKLTraining):
     reuse: int | list[float] = 1
     # The last rollouts, the newest first; between two rollouts, those that the next update will need.
     _kept_rollouts: tuple[KeptRollout, ...] = ()
-    # While a rollout is collected: for each step, environments in which a time limit ended an episode, with the last observation.
+    # While a rollout is collected: for each step, where a time limit ended an episode, and the last observation.
     _time_limits: list[list[tuple[int, Any]]] | None = None
     # While the policy is updated.
     _pool: Pool | None = None
@@ -101,11 +101,13 @@ class SampleReuse(PerSampleKLTraining):
         if len(weights) == 1:
             return
         if (np.diff(weights) > 0).any():
-            warnings.warn(f"reuse={self.reuse!r} weighs an older rollout more than a newer; the newest stands first", stacklevel=4)
+            warnings.warn(
+                f"reuse={self.reuse!r} weighs an older rollout more than a newer; the newest stands first", stacklevel=4
+            )
         if type(buffer) not in BUFFERS:
             raise ValueError(
-                f"reuse={self.reuse!r} keeps rollouts of SB3's and sb3-contrib's own buffers, whose arrays are known, and not of "
-                f"{type(buffer).__name__}: leave rollout_buffer_class out"
+                f"reuse={self.reuse!r} keeps rollouts of SB3's and sb3-contrib's own buffers, whose arrays are known, and not "
+                f"of {type(buffer).__name__}: leave rollout_buffer_class out"
             )
         arrays = [array for name in _ARRAYS if hasattr(buffer, name) for array in _leaves(getattr(buffer, name))]
         # Twice while the policy is updated, as it is put together then, and SB3 flattens what it draws from.

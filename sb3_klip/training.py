@@ -196,10 +196,11 @@ class PerSampleKLTraining(Seam):
         mask = self._valid_steps(rollout_data)
         advantages = rollout_data.advantages
         replayed = None if update.replayed is None else update.replayed.at(self._known(indices))
-        if self.normalize_advantage and replayed is None:
-            advantages = self._normalize_advantages(advantages, mask)
-        elif self.normalize_advantage:
-            advantages = normalized_advantages(advantages, replayed)
+        if self.normalize_advantage:
+            if replayed is None:
+                advantages = self._normalize_advantages(advantages, mask)
+            else:
+                advantages = normalized_advantages(advantages, replayed)
 
         def mean(terms: th.Tensor) -> th.Tensor:
             return masked_mean(terms if replayed is None else replayed.weights * terms, mask)

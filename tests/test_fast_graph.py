@@ -121,13 +121,12 @@ def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Ca
 
 @pytest.mark.parametrize("name", ["step", "fixed", "position"])
 def test_reused_samples_have_the_bits_of_the_eager_update(name: str, eager: Callable[..., Any]) -> None:
-    ours, theirs = (model(beta=name, reuse=[0.5, 0.3, 0.2]) for _ in range(2))
-    ours.learn(STEPS)
+    ours = model(beta=name, reuse=[0.5, 0.3, 0.2]).learn(STEPS)
     assert ours.update_path == "traced"
     assert traced(ours)
-    assert_same(ours, eager(theirs))
-    logs = [each.logger.name_to_value for each in (ours, theirs)]
-    assert {**logs[0], "train/traced": 0} == logs[1]
+    theirs = eager(model(beta=name, reuse=[0.5, 0.3, 0.2]))
+    assert_same(ours, theirs)
+    assert {**ours.logger.name_to_value, "train/traced": 0} == theirs.logger.name_to_value
 
 
 def test_constant_coefficients_are_most_of_them() -> None:

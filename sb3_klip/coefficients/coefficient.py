@@ -15,7 +15,7 @@ from sb3_klip.errors import did_you_mean
 QUANTITIES: dict[str, str] = {
     "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
     "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
-    "age": "updates since the sample was collected, 0 in the last rollout (and everywhere with reuse=1); tensor like the ratio",
+    "age": "updates since the sample was collected, 0 in the last rollout, so 0 with reuse=1; tensor like the ratio",
     "progress": "share of training done, from 0 to 1; float",
 }
 

@@ -291,7 +291,7 @@ class _Tupled(nn.Module):
 
 def _same(ours: tuple[Sequence[th.Tensor], Minibatch], theirs: tuple[Sequence[th.Tensor], Minibatch]) -> bool:
     """Whether gradients and what is logged have the same bits, but for those of NaN."""
-    left, right = ([*gradients, *minibatch.terms, *minibatch[1:]] for gradients, minibatch in (ours, theirs))
+    left, right = ([*gradients, *minibatch.terms, *minibatch[1:5]] for gradients, minibatch in (ours, theirs))
     return all(
         a is b is None or (a is not None and b is not None and bool(((a == b) | (a.isnan() & b.isnan())).all()))
         for a, b in zip(left, right, strict=True)
