@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
 
@@ -65,7 +66,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         check_compile(compile)
         self.compile = compile
         weights_by_age(reuse)
-        self.reuse = int(reuse) if isinstance(reuse, Integral) else [float(weight) for weight in reuse]  # as JSON has it
+        self.reuse = int(reuse) if isinstance(reuse, Integral) else np.array(reuse, dtype=float).tolist()  # as JSON has it
         aliases = self.policy_aliases
         if isinstance(policy, str) and policy not in aliases:
             raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")

@@ -96,7 +96,7 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
         if self.reuse != 1:
             raise ValueError(
                 f"reuse={self.reuse!r} must be 1 for {type(self).__name__}: an older rollout holds the LSTM's states of an "
-                "earlier policy, with which the present one cannot be evaluated. KLipPPO and KLipMaskablePPO can reuse rollouts."
+                "earlier policy, with which the present one cannot be evaluated. KLipPPO and KLipMaskablePPO can."
             )
 
     def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:

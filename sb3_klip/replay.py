@@ -39,7 +39,7 @@ class Replayed(NamedTuple):
 
         :param indices: places of the samples
         """
-        return Replayed(self.weights[indices], self.centre[indices])
+        return Replayed(self.weights.index_select(0, indices), self.centre.index_select(0, indices))
 
 
 def weights_by_age(reuse: Any) -> np.ndarray:

@@ -53,7 +53,7 @@ class KeptRollout(NamedTuple):
     positions: np.ndarray
     time_limits: list[tuple[int, int, Any]]
     last_obs: Any
-    last_dones: np.ndarray
+    last_dones: Any
 
 
 class Pool(NamedTuple):
@@ -101,9 +101,7 @@ class SampleReuse(PerSampleKLTraining):
         if len(weights) == 1:
             return
         if (np.diff(weights) > 0).any():
-            warnings.warn(
-                f"reuse={self.reuse!r} weighs an older rollout more than a newer; the newest stands first", stacklevel=4
-            )
+            warnings.warn(f"reuse={self.reuse!r} weighs older rollouts more, but the newest stands first", stacklevel=4)
         if type(buffer) not in BUFFERS:
             raise ValueError(
                 f"reuse={self.reuse!r} keeps rollouts of SB3's and sb3-contrib's own buffers, whose arrays are known, and not "

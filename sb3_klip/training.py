@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch as th
 from stable_baselines3.common.utils import explained_variance
+from torch.nn import functional as F
 
 from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
@@ -182,7 +183,7 @@ class PerSampleKLTraining(Seam):
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             loss, minibatch = compute(rollout_data, indices, update)
-            if update.replayed is not None:
+            if update.replayed is not None and minibatch.replayed is None:  # a graph returns only what it has made
                 minibatch = minibatch._replace(replayed=update.replayed.at(self._known(indices)))
             log.minibatches.append(minibatch)
             if self._stops_early(epoch, update.coefficient, minibatch):
@@ -223,13 +224,13 @@ class PerSampleKLTraining(Seam):
         if replayed is None:
             value_loss = self._value_loss(rollout_data.returns, values, mask)
         else:
-            value_loss = mean((rollout_data.returns - values) ** 2)
+            value_loss = mean(F.mse_loss(rollout_data.returns, values, reduction="none"))
 
         # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
         entropy_loss = -mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
         terms = terms._replace(loss=terms.loss.detach())
-        return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach())
+        return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach(), replayed)
 
     def _end_update(self, update: Update, log: UpdateLog) -> None:
         """Write the log, and let the coefficient learn from how far the policy went."""

@@ -315,5 +315,5 @@ def test_what_is_kept_is_said(capsys):
 
 
 def test_weights_that_grow_with_age_are_a_warning():
-    with pytest.warns(UserWarning, match=r"reuse=\[0.4, 0.6\] weighs an older rollout more"):
+    with pytest.warns(UserWarning, match=r"reuse=\[0.4, 0.6\] weighs older rollouts more"):
         KLipPPO("MlpPolicy", pendulum(), reuse=[0.4, 0.6])
