@@ -5,7 +5,7 @@ Source: J. Queeney, I. C. Paschalidis and C. G. Cassandras, *Generalized Proxima
 NeurIPS 2021, arXiv 2111.00072. ``b`` is the policy that collected a sample, ``π_k`` the policy at the start of the update and
 ``π`` the present one. The ratio is ``w = π/b`` as ever, and the clip is centred at ``c = π_k/b``. A sample whose rollout is i
 updates old has the weight ``p_(i+1)``, and ``ω = M p_(i+1)`` in a mean over all samples; i is its *age*.
-:mod:`sb3_klip.reuse` trains with these functions.
+``sb3_klip/reuse.py`` trains with these functions.
 """
 
 import math
