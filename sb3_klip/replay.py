@@ -39,7 +39,8 @@ class Replayed(NamedTuple):
 
         :param indices: places of the samples
         """
-        return Replayed(self.weights.index_select(0, indices), self.centre.index_select(0, indices))
+        places = indices.to(self.weights.device)
+        return Replayed(self.weights.index_select(0, places), self.centre.index_select(0, places))
 
 
 def weights_by_age(reuse: Any) -> np.ndarray:

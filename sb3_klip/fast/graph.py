@@ -141,7 +141,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
     constants = _constants(update)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient))
+    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient), update.replayed is None)
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
     compared = set()
     if len(graphs.uses) > 1000:  # numbers that change with every update
