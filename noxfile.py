@@ -47,7 +47,17 @@ def pytest(session: nox.Session, *files: str) -> None:
     """Run the fast tests of these files, unless others are named, and show what they ran with."""
     session.run("python", "-m", "pip", "list")
     # Bit-for-bit comparisons need one thread count.
-    session.run("pytest", "-n", "auto", "--maxprocesses", "8", "-m", "not slow", *(session.posargs or files), env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "pytest",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "8",
+        "-m",
+        "not slow",
+        *(session.posargs or files),
+        env={"OMP_NUM_THREADS": "1"},
+    )
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"])

@@ -2,17 +2,17 @@
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import register
-from sb3_klip.surrogate import harmful_distance
+from sb3_klip.surrogate import partition
 
 
-@register("late_ramp")
-def late_ramp(ratio, advantages, clip_range, progress, *, width=0.1):
-    """A linear ramp past the harmful bound that narrows to a step as training goes on."""
-    distance = harmful_distance(ratio, advantages, clip_range)
-    return (distance / (width * (1 - progress) + 1e-6)).clamp(0, 1)
+@register("clip_by_age")
+def clip_by_age(ratio, advantages, clip_range, age, *, halflife=2.0):
+    """PPO-Clip whose bound is nearer for older samples: after ``halflife`` updates, at half of the clip range."""
+    kill, _, _ = partition(ratio, advantages, clip_range * 0.5 ** (age / halflife))
+    return kill.to(ratio.dtype)
 
 
-model = KLipPPO("MlpPolicy", "CartPole-v1", beta="late_ramp", beta_kwargs={"width": 0.2}, seed=0, verbose=1)
+model = KLipPPO("MlpPolicy", "CartPole-v1", beta="clip_by_age", beta_kwargs={"halflife": 1.0}, reuse=3, seed=0, verbose=1)
 model.learn(20_000)
-model.save("late_ramp")
-print(KLipPPO.load("late_ramp").beta)
+model.save("clip_by_age")
+print(KLipPPO.load("clip_by_age").beta)

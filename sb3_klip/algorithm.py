@@ -1,8 +1,11 @@
 """What the algorithms share beside the update: their own arguments, how they are set up, and their rollouts."""
 
 import warnings
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
@@ -13,7 +16,8 @@ from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.compiling import check_compile
 from sb3_klip.fast.forward import short_forward
-from sb3_klip.training import PerSampleKLTraining
+from sb3_klip.replay import weights_by_age
+from sb3_klip.reuse import SampleReuse
 
 #: The distributions of policies whose KL divergence has a closed form, see :mod:`sb3_klip.divergence`.
 CLOSED_FORM = (
@@ -28,7 +32,7 @@ CLOSED_FORM = (
 )
 
 
-class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
+class KLipAlgorithm(Checkpoints, SampleReuse):
     """The base of this package's algorithms; ``isinstance(model, KLipAlgorithm)`` tells them from others."""
 
     beta_kwargs: dict[str, Any] | None
@@ -43,6 +47,7 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
         beta_kwargs: dict[str, Any] | None,
         log_kl: bool,
         compile: bool | dict[str, Any] = False,
+        reuse: int | Sequence[float] = 1,
     ) -> None:
         """
         Check and keep the arguments that the base class does not have, before anything is built, so that a typo costs nothing.
@@ -53,6 +58,7 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
         :param beta_kwargs: its parameters
         :param log_kl: whether to log the KL divergence
         :param compile: whether to compile the update, or arguments of ``torch.compile``
+        :param reuse: number of rollouts to learn from, or their weights
         :raises ValueError: if one of them is none of those that fit
         :raises TypeError: if one of them is of a wrong type
         """
@@ -60,6 +66,8 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
         self.log_kl = log_kl
         check_compile(compile)
         self.compile = compile
+        weights_by_age(reuse)
+        self.reuse = int(reuse) if isinstance(reuse, Integral) else np.array(reuse, dtype=float).tolist()  # as JSON has it
         aliases = self.policy_aliases
         if isinstance(policy, str) and policy not in aliases:
             raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")
@@ -86,6 +94,7 @@ class KLipAlgorithm(Checkpoints, PerSampleKLTraining):
         if isinstance(self._beta, Coefficient):
             self._check_action_space(self._beta)
         super()._setup_model()
+        self._check_reuse()
         # A file has the coefficient as a name and parameters, and SB3 puts them where it puts all attributes.
         saved = {name: vars(self).pop(name) for name in ("beta", "beta_state") if name in vars(self)}
         if "beta" in saved:

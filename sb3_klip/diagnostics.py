@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch as th
 
+from sb3_klip.replay import Replayed
 from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, partition, per_sample_beta
 
 #: Percentiles of β that are logged, as ``beta_p01`` and so on.
@@ -19,6 +20,7 @@ class Minibatch(NamedTuple):
     :param mask: samples that count, shape (B,), or None for all
     :param value_loss: scalar
     :param entropy_loss: scalar
+    :param replayed: weights and clip centres, shape (B,), of an update that learns from more than the last rollout
     """
 
     terms: PerSampleKL
@@ -26,10 +28,22 @@ class Minibatch(NamedTuple):
     mask: th.Tensor | None
     value_loss: th.Tensor
     entropy_loss: th.Tensor
+    replayed: Replayed | None = None
+
+    def shifted_ratio(self) -> th.Tensor:
+        """The ratio as the coefficient sees it; shape (B,)."""
+        return self.terms.ratio if self.replayed is None else self.terms.ratio - self.replayed.centre + 1
+
+    def kl_estimates(self) -> th.Tensor:
+        """The k3 estimates of KL(π_old ‖ π_new), or KL(π_k ‖ π_new) if π_old is of an earlier update; shape (B,)."""
+        if self.replayed is None:
+            return (self.terms.ratio - 1) - self.terms.log_ratio
+        centre = self.replayed.centre
+        return self.replayed.weights * (self.terms.ratio - centre - centre * (self.terms.log_ratio - centre.log()))
 
     def approx_kl(self) -> th.Tensor:
-        """SB3's ``train/approx_kl``, the k3 estimate of KL(π_old ‖ π_new); scalar."""
-        return masked_mean((self.terms.ratio - 1) - self.terms.log_ratio, self.mask)
+        """SB3's ``train/approx_kl``, the mean of these; scalar."""
+        return masked_mean(self.kl_estimates(), self.mask)
 
     def non_finite(self) -> str | None:
         """The first quantity that is NaN or infinite, in the order of their computation, and its value."""
@@ -105,18 +119,25 @@ class UpdateLog:
         if self.estimator is not None:
             weight, estimate = join([t.weight for t in terms]), join([t.estimate for t in terms])  # type: ignore[misc]
 
-        kill, passed, _ = partition(ratio, advantages, self.clip_range)
+        shifted, weights, centre = ratio, None, None
+        if self.minibatches[0].replayed is not None:
+            shifted = join([m.shifted_ratio() for m in self.minibatches])
+            weights, centre = (th.cat(column) for column in zip(*(m.replayed for m in self.minibatches), strict=True))
+        kill, passed, _ = partition(shifted, advantages, self.clip_range)
         beta = per_sample_beta(ratio, advantages, removal)
         kl_penalty = -beta * log_ratio
         if weight is not None and estimate is not None:
             kl_penalty = kl_penalty + weight * estimate
-            beta = per_sample_beta(ratio, advantages, removal, weight, self.estimator)
+            beta = per_sample_beta(ratio, advantages, removal, weight, self.estimator, centre)
 
-        policy_loss = -clip_objective(ratio, advantages, self.clip_range)
+        policy_loss = -clip_objective(shifted, advantages, self.clip_range)
+        if weights is not None and centre is not None:
+            policy_loss = weights * (policy_loss - (centre - 1) * advantages)
+            loss = weights * loss
         per_sample = {
             "policy_gradient_loss": policy_loss,
-            "clip_fraction": ((ratio - 1).abs() > self.clip_range).to(ratio.dtype),
-            "approx_kl": (ratio - 1) - log_ratio,
+            "clip_fraction": ((shifted - 1).abs() > self.clip_range).to(ratio.dtype),
+            "approx_kl": (ratio - 1) - log_ratio if weights is None else join([m.kl_estimates() for m in self.minibatches]),
             "kill_fraction": kill.to(ratio.dtype),
             "pass_fraction": passed.to(ratio.dtype),
             "beta_mean": beta,

@@ -1,6 +1,7 @@
 """Maskable PPO with one KL coefficient per sample."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
     :param beta: The coefficient, see :class:`~sb3_klip.KLipPPO`
     :param beta_kwargs: Parameters of the coefficient
     :param log_kl: Whether to log ``train/kl``
+    :param reuse: How many of the last rollouts each update learns from, or their weights, the newest first
     :raises ValueError: if ``beta`` or ``policy`` is unknown, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """
@@ -64,8 +66,9 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
         beta: str | CoefficientLike = "step",
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
+        reuse: int | Sequence[float] = 1,
     ):
-        self._take_arguments(policy, MaskableActorCriticPolicy, beta, beta_kwargs, log_kl)
+        self._take_arguments(policy, MaskableActorCriticPolicy, beta, beta_kwargs, log_kl, reuse=reuse)
         super().__init__(
             policy,
             env,

@@ -1,5 +1,6 @@
 """PPO with one KL coefficient per sample."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch as th
@@ -57,7 +58,11 @@ class KLipPPO(KLipAlgorithm, PPO):
         rollout policy, averaged over the rollout; costs two forward passes per update
     :param compile: Whether to compile the update with ``torch.compile``, or a dict of its arguments. About twice as fast after
         a compilation of half a minute; equal to the update of ``PPO`` up to rounding, and no longer bit for bit.
-    :raises ValueError: if ``beta`` or ``policy`` is unknown, or a parameter is out of range
+    :param reuse: How many of the last rollouts each update learns from, as GePPO does: a number, or their weights, the newest
+        first (see :func:`sb3_klip.replay.optimal_weights`). 1 is PPO. With more, an update has as many more minibatches, the
+        clip range is reduced, and the learning rate follows how far updates go.
+    :raises ValueError: if ``beta`` or ``policy`` is unknown, a parameter is out of range, or the rollouts that ``reuse`` keeps
+        do not fit into memory
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     :raises RuntimeError: if ``compile`` is asked for and there is no C++ compiler
     """
@@ -94,8 +99,9 @@ class KLipPPO(KLipAlgorithm, PPO):
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
         compile: bool | dict[str, Any] = False,
+        reuse: int | Sequence[float] = 1,
     ):
-        self._take_arguments(policy, BasePolicy, beta, beta_kwargs, log_kl, compile)
+        self._take_arguments(policy, BasePolicy, beta, beta_kwargs, log_kl, compile, reuse)
         super().__init__(
             policy,
             env,

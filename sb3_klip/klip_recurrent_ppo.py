@@ -28,6 +28,7 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
     :param beta: The coefficient, see :class:`~sb3_klip.KLipPPO`
     :param beta_kwargs: Parameters of the coefficient
     :param log_kl: Whether to log ``train/kl``
+    :param reuse: Only 1: the LSTM's states in an older rollout are those of another policy
     :raises ValueError: if ``beta`` or ``policy`` is unknown, the policy is not recurrent, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """
@@ -61,8 +62,9 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
         beta: str | CoefficientLike = "step",
         beta_kwargs: dict[str, Any] | None = None,
         log_kl: bool = False,
+        reuse: int = 1,
     ):
-        self._take_arguments(policy, RecurrentActorCriticPolicy, beta, beta_kwargs, log_kl)
+        self._take_arguments(policy, RecurrentActorCriticPolicy, beta, beta_kwargs, log_kl, reuse=reuse)
         super().__init__(
             policy,
             env,
@@ -89,6 +91,13 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
             device=device,
             _init_setup_model=_init_setup_model,
         )
+
+    def _check_reuse(self) -> None:
+        if self.reuse != 1:
+            raise ValueError(
+                f"reuse={self.reuse!r} must be 1 for {type(self).__name__}: an older rollout holds the LSTM's states of an "
+                "earlier policy, with which the present one cannot be evaluated. KLipPPO and KLipMaskablePPO can."
+            )
 
     def _evaluate_actions(self, rollout_data: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         return self.policy.evaluate_actions(  # type: ignore[call-arg]

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
 #: What the minibatches of SB3's and sb3-contrib's buffers are made of, by the type of the buffer.
-_SAMPLES: dict[type[RolloutBuffer], Any] = {
+BUFFERS: dict[type[RolloutBuffer], Any] = {
     RolloutBuffer: RolloutBufferSamples,
     DictRolloutBuffer: DictRolloutBufferSamples,
     MaskableRolloutBuffer: MaskableRolloutBufferSamples,
@@ -54,7 +54,7 @@ def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterat
 def _is_plain(buffer: RolloutBuffer) -> bool:
     """Whether the samples are what SB3 makes of its arrays, in the memory where they are."""
     replaced = {"get", "_get_samples", "to_torch", "swap_and_flatten"} & vars(buffer).keys()
-    return type(buffer) in _SAMPLES and not replaced and buffer.device.type == "cpu"
+    return type(buffer) in BUFFERS and not replaced and buffer.device.type == "cpu"
 
 
 def _minibatches(buffer: Any, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
@@ -81,7 +81,7 @@ def _minibatches(buffer: Any, batch_size: int | None) -> Iterator[tuple[Any, th.
     for indices in places.split(batch_size or size):
         rows = [column.index_select(0, indices) for column in columns]
         seen = {key: tensor.index_select(0, indices) for key, tensor in observations.items()}
-        yield _SAMPLES[type(buffer)](seen if is_dict else seen[""], *rows), indices
+        yield BUFFERS[type(buffer)](seen if is_dict else seen[""], *rows), indices
 
 
 def _flatten(buffer: Any) -> None:

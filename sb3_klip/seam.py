@@ -25,6 +25,7 @@ class EvaluatedSamples(NamedTuple):
     :param rollout_data: the samples, as the buffer hands them out
     :param indices: their places in the flattened rollout
     :param mask: samples that count; None if all do
+    :param values: V(s) under the present policy
     :param log_prob: log π(a|s) under the present policy
     :param advantages: advantage Â, as the loss sees it
     """
@@ -32,6 +33,7 @@ class EvaluatedSamples(NamedTuple):
     rollout_data: Any
     indices: th.Tensor
     mask: th.Tensor | None
+    values: th.Tensor
     log_prob: th.Tensor
     advantages: th.Tensor
 
@@ -99,11 +101,11 @@ class Seam(OnPolicyAlgorithm):
         size = None if self.batch_size is None else max(self.batch_size, at_least)
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, size):
             with th.no_grad():
-                _, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+                values, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
             mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
             if self.normalize_advantage:
                 advantages = self._normalize_advantages(advantages, mask)
-            yield EvaluatedSamples(rollout_data, self._known(indices), mask, log_prob, advantages)
+            yield EvaluatedSamples(rollout_data, self._known(indices), mask, values.flatten(), log_prob, advantages)
         set_generators(generators)
         self.policy.set_training_mode(True)
 

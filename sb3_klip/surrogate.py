@@ -239,6 +239,7 @@ def per_sample_kl(
     clip_range: float | th.Tensor = 0.2,
     kl: th.Tensor | None = None,
     log_ratio: th.Tensor | None = None,
+    centre: th.Tensor | None = None,
     **quantities: th.Tensor | float,
 ) -> PerSampleKL:
     """
@@ -256,6 +257,8 @@ def per_sample_kl(
     :param clip_range: half-width ε
     :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, where the coefficient asks for it
     :param log_ratio: log w, where it is not ``log_prob - old_log_prob``
+    :param centre: for samples of earlier policies than π_k, at which the update begins: c = π_k/π_old. The coefficient is then
+        evaluated at ``w - c + 1``, and the KL estimates are those of KL(π_k ‖ π_new); None for c = 1
     :param quantities: whatever else the coefficient asks for, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
     """
@@ -263,7 +266,10 @@ def per_sample_kl(
         if log_ratio is None:
             log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        removal, weight = coefficient(ratio, advantages, clip_range, kl=kl, old_log_prob=old_log_prob, **quantities)
+        shifted = ratio if centre is None else ratio - centre + 1
+        # Of the policy that the shifted ratio is relative to.
+        reference = old_log_prob if centre is None else old_log_prob + centre.log()
+        removal, weight = coefficient(shifted, advantages, clip_range, kl=kl, old_log_prob=reference, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
         finite = ratio.masked_fill(((removal == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
         score = (1 - removal) * finite
@@ -273,7 +279,10 @@ def per_sample_kl(
     if weight is None:
         return PerSampleKL(loss, log_ratio, ratio, removal, None, None)
     assert coefficient.estimator is not None
-    estimate = kl_estimate(coefficient.estimator, log_prob, old_log_prob, kl)
+    start = old_log_prob if centre is None else old_log_prob + centre.log()
+    estimate = kl_estimate(coefficient.estimator, log_prob, start, kl)
+    if centre is not None and coefficient.estimator != "analytic":
+        estimate = centre * estimate  # a mean over actions of π_k, from actions of π_old
     return PerSampleKL(loss + weight * estimate, log_ratio, ratio, removal, weight, estimate.detach())
 
 
@@ -283,9 +292,10 @@ def per_sample_beta(
     removal: th.Tensor,
     weight: th.Tensor | None = None,
     estimator: str | None = None,
+    centre: th.Tensor | None = None,
 ) -> th.Tensor:
     """
-    The coefficient β of log π in the objective: ``-w Â g``, plus ``b`` for a weight b on k1, or ``-b (w - 1)`` on k3.
+    The coefficient β of log π in the objective: ``-w Â g``, plus ``b c`` for a weight b on k1, or ``-b (w - c)`` on k3.
 
     The analytic KL has no such coefficient, as its gradient is not a multiple of ∇log π(a|s).
 
@@ -294,13 +304,14 @@ def per_sample_beta(
     :param removal: removal g: 0 leaves a sample alone, 1 removes its gradient, more than 1 pushes it back
     :param weight: weight b on a KL estimate
     :param estimator: the estimate the weight is for
+    :param centre: c, see :func:`per_sample_kl`; None for 1
     :return: β, same shape; zero where the removal is zero, also if w is infinite
     """
     beta = th.where(removal == 0, 0.0, -ratio * advantages * removal)
     if weight is not None and estimator == "k1":
-        beta = beta + weight
+        beta = beta + (weight if centre is None else weight * centre)
     elif weight is not None and estimator == "k3":
-        beta = beta - weight * (ratio - 1)
+        beta = beta - weight * (ratio - (1 if centre is None else centre))
     return beta
 
 

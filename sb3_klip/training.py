@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch as th
 from stable_baselines3.common.utils import explained_variance
+from torch.nn import functional as F
 
 from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
@@ -19,6 +20,7 @@ from sb3_klip.divergence import PolicySnapshot, scatter_to_mask
 from sb3_klip.fast.compiling import compiled_loss
 from sb3_klip.fast.graph import given_up, graph_loss, reason_against
 from sb3_klip.fast.optimizer import Step, optimizer_step
+from sb3_klip.replay import Replayed, normalized_advantages
 from sb3_klip.rollout import episode_positions, indexed_minibatches
 from sb3_klip.seam import Seam
 from sb3_klip.surrogate import masked_mean, per_sample_kl
@@ -37,6 +39,8 @@ class Update(NamedTuple):
     :param snapshot: the rollout policy's distributions, if they are asked for
     :param positions: position of each sample in its episode, if asked for
     :param ratio_bounds: least and greatest ratio of each action within a trust region, shape (2, N), if asked for
+    :param ages: updates since each sample was collected, if asked for
+    :param replayed: weight and clip centre of each sample, if it learns from more than the last rollout
     """
 
     coefficient: Coefficient
@@ -45,6 +49,8 @@ class Update(NamedTuple):
     snapshot: PolicySnapshot | None
     positions: th.Tensor | None
     ratio_bounds: th.Tensor | None = None
+    ages: th.Tensor | None = None
+    replayed: Replayed | None = None
 
 
 class PerSampleKLTraining(Seam):
@@ -116,6 +122,7 @@ class PerSampleKLTraining(Seam):
             clip_range = SMALLEST_CLIP_RANGE
         clip_range_vf = None if self.clip_range_vf is None else self.clip_range_vf(self._current_progress_remaining)
         positions = self._positions() if "position" in coefficient.requests else None
+        ages = self._ages() if "age" in coefficient.requests else None
         snapshot = self.take_snapshot() if coefficient.needs_kl or self.log_kl else None
         ratio_bounds = None
         if coefficient.needs_ratio_bounds:
@@ -125,7 +132,7 @@ class PerSampleKLTraining(Seam):
             # Numbers would be compiled in, and compiled anew whenever a schedule changes them.
             clip_range = self._tensor(clip_range)
             clip_range_vf = None if clip_range_vf is None else self._tensor(clip_range_vf)
-        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions, ratio_bounds)
+        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions, ratio_bounds, ages)
 
     def _known_coefficient(self) -> Coefficient:
         """
@@ -182,6 +189,8 @@ class PerSampleKLTraining(Seam):
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
         for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
             loss, minibatch = compute(rollout_data, indices, update)
+            if update.replayed is not None and minibatch.replayed is None:  # a graph returns only what it has made
+                minibatch = minibatch._replace(replayed=update.replayed.at(self._known(indices)))
             log.minibatches.append(minibatch)
             if self._stops_early(epoch, update.coefficient, minibatch):
                 return False
@@ -193,8 +202,15 @@ class PerSampleKLTraining(Seam):
         values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
         mask = self._valid_steps(rollout_data)
         advantages = rollout_data.advantages
+        replayed = None if update.replayed is None else update.replayed.at(self._known(indices))
         if self.normalize_advantage:
-            advantages = self._normalize_advantages(advantages, mask)
+            if replayed is None:
+                advantages = self._normalize_advantages(advantages, mask)
+            else:
+                advantages = normalized_advantages(advantages, replayed)
+
+        def mean(terms: th.Tensor) -> th.Tensor:
+            return masked_mean(terms if replayed is None else replayed.weights * terms, mask)
 
         terms = per_sample_kl(
             log_prob,
@@ -202,21 +218,25 @@ class PerSampleKLTraining(Seam):
             advantages,
             update.coefficient,
             update.clip_range,
+            centre=None if replayed is None else replayed.centre,
             **self._quantities(update, indices, mask, log_prob.dtype),
         )
-        policy_loss = masked_mean(terms.loss, mask)
+        policy_loss = mean(terms.loss)
 
         values = values.flatten()
         if update.clip_range_vf is not None:
             change = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
             values = rollout_data.old_values + change
-        value_loss = self._value_loss(rollout_data.returns, values, mask)
+        if replayed is None:
+            value_loss = self._value_loss(rollout_data.returns, values, mask)
+        else:
+            value_loss = mean(F.mse_loss(rollout_data.returns, values, reduction="none"))
 
         # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
-        entropy_loss = -masked_mean(-log_prob if entropy is None else entropy, mask)
+        entropy_loss = -mean(-log_prob if entropy is None else entropy)
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
         terms = terms._replace(loss=terms.loss.detach())
-        return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach())
+        return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach(), replayed)
 
     def _end_update(self, update: Update, log: UpdateLog) -> None:
         """Write the log, and let the coefficient learn from how far the policy went."""
@@ -250,7 +270,7 @@ class PerSampleKLTraining(Seam):
                 if self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 return True
-        if coefficient.stop(minibatch.terms.ratio, minibatch.mask):
+        if coefficient.stop(minibatch.shifted_ratio(), minibatch.mask):
             if self.verbose >= 1:
                 print(f"Early stopping at step {epoch} due to the coefficient {coefficient!r}")
             return True
@@ -270,6 +290,8 @@ class PerSampleKLTraining(Seam):
         if update.ratio_bounds is not None:
             bounds = update.ratio_bounds[:, self._known(indices)].to(dtype)
             quantities["least_ratio"], quantities["greatest_ratio"] = (scatter_to_mask(bound, mask) for bound in bounds)
+        if update.ages is not None:
+            quantities["age"] = scatter_to_mask(update.ages[self._known(indices)].to(dtype), mask)
         return quantities
 
     def _tensor(self, value: float) -> th.Tensor:
@@ -284,6 +306,10 @@ class PerSampleKLTraining(Seam):
         positions, carried = episode_positions(starts, np.array(known))
         self._episode_steps = carried.tolist()
         return th.as_tensor(positions.T.flatten(), dtype=th.float32, device=self.device)
+
+    def _ages(self) -> th.Tensor:
+        """Updates since each sample was collected, in the order of the flattened buffer."""
+        return th.zeros(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs, device=self.device)
 
     def _abandon_update(self, before: dict[str, Any], log: UpdateLog, cause: Exception | None) -> NoReturn:
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""

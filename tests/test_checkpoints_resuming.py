@@ -81,6 +81,8 @@ RECURRENT = {"algorithm": KLipRecurrentPPO, "policy": "MlpLstmPolicy", "policy_k
         (make("Hopper-v4"), {"use_sde": True, "sde_sample_freq": 4}),
         (lambda: VecFrameStack(make("CartPole-v1")(), 3), {}),
         (make("CartPole-v1"), {"beta": "adaptive"}),
+        (make("Hopper-v4"), {"reuse": 3}),
+        (lambda: make_vec_env("Pendulum-v1", 2), {"reuse": [0.4, 0.3, 0.2, 0.1], "beta": "position"}),
         (make("CartPole-v1"), {"beta": "position", "clip_range": lambda progress: 0.3 * progress}),
         (make("CartPole-v1"), RECURRENT),
         (lambda: DummyVecEnv([lambda: InvalidActionEnvDiscrete(dim=20, n_invalid_actions=5)]), MASKABLE),

@@ -13,7 +13,7 @@ from sb3_klip.experiments.suite import included, read_suite, select
 
 
 def test_all_included_suites_can_be_run():
-    assert included() == ["coefficients", "knobs", "paper", "smoke"]
+    assert included() == ["coefficients", "knobs", "paper", "reuse", "smoke"]
     for name in included():
         suite = read_suite(name)
         assert suite.name == name
@@ -196,7 +196,10 @@ def test_files_that_are_no_suites(refused, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("smok", "--suite='smok' is none of coefficients, knobs, paper, smoke, and no YAML file. Did you mean 'smoke'?"),
+        (
+            "smok",
+            "--suite='smok' is none of coefficients, knobs, paper, reuse, smoke, and no YAML file. Did you mean 'smoke'?",
+        ),
         ("missing.yml", "--suite: missing.yml cannot be read: "),
         ("folder.yml", "--suite: folder.yml cannot be read: "),
         ("mine.txt", "--suite='mine.txt' is none of "),

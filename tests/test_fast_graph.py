@@ -122,6 +122,16 @@ def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Ca
     assert_same(ours, eager(model(env=env, beta=name)))
 
 
+@pytest.mark.parametrize("name", ["step", "fixed", "position"])
+def test_reused_samples_have_the_bits_of_the_eager_update(name: str, eager: Callable[..., Any]) -> None:
+    ours = model(beta=name, reuse=[0.5, 0.3, 0.2]).learn(STEPS)
+    assert ours.update_path == "traced"
+    assert traced(ours)
+    theirs = eager(model(beta=name, reuse=[0.5, 0.3, 0.2]))
+    assert_same(ours, theirs)
+    assert {**ours.logger.name_to_value, "train/traced": 0} == theirs.logger.name_to_value
+
+
 def test_constant_coefficients_are_most_of_them() -> None:
     assert {name for name in available() if not make(name).is_constant} == {"adaptive"}
     assert not make("linear_ramp", width="lin_0.1").is_constant

@@ -11,13 +11,13 @@ from stable_baselines3.common.utils import LinearSchedule
 from sb3_klip import KLipPPO
 
 
-def test_constructor_is_that_of_ppo_and_four_arguments():
+def test_constructor_is_that_of_ppo_and_five_arguments():
     ours = list(inspect.signature(KLipPPO.__init__).parameters.values())
     theirs = list(inspect.signature(PPO.__init__).parameters.values())
     shared = ours[: len(theirs)]
     assert [(p.name, p.default) for p in shared] == [(p.name, p.default) for p in theirs]
     added = {p.name: p.default for p in ours[len(theirs) :]}
-    assert added == {"beta": "step", "beta_kwargs": None, "log_kl": False, "compile": False}
+    assert added == {"beta": "step", "beta_kwargs": None, "log_kl": False, "compile": False, "reuse": 1}
     assert KLipPPO.policy_aliases == PPO.policy_aliases
     assert inspect.signature(KLipPPO.learn).parameters["tb_log_name"].default == "KLipPPO"
 

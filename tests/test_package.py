@@ -86,7 +86,12 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
         "sb3_klip",
         f"sb3_klip-{sb3_klip.__version__}.dist-info",
     }
-    assert {"sb3_klip/py.typed", "sb3_klip/hyperparams/klip_ppo.yml", "sb3_klip/hyperparams/paper.yml"} <= names
+    assert {
+        "sb3_klip/py.typed",
+        "sb3_klip/hyperparams/klip_ppo.yml",
+        "sb3_klip/hyperparams/paper.yml",
+        "sb3_klip/hyperparams/geppo.yml",
+    } <= names
     modules = {f"sb3_klip/{path.relative_to(ROOT / 'sb3_klip')}" for path in (ROOT / "sb3_klip").rglob("*.py")}
     assert modules <= names
     # Nothing else may run when Python or torch starts.

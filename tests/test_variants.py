@@ -84,9 +84,8 @@ def test_constructor_is_that_of_the_base_class_and_ours(variant):
     shared = list(inspect.signature(theirs.__init__).parameters.values())
     mine = list(inspect.signature(ours.__init__).parameters.values())
     assert [(p.name, p.default) for p in mine[: len(shared)]] == [(p.name, p.default) for p in shared]
-    assert [p.name for p in mine[len(shared) :]] == ["beta", "beta_kwargs", "log_kl"] + ["compile"] * (
-        variant.name == "KLipPPO"
-    )
+    compiled = ["compile"] * (variant.name == "KLipPPO")
+    assert [p.name for p in mine[len(shared) :]] == ["beta", "beta_kwargs", "log_kl", *compiled, "reuse"]
     assert ours.policy_aliases == theirs.policy_aliases
     our_learn, their_learn = inspect.signature(ours.learn).parameters, inspect.signature(theirs.learn).parameters
     assert list(our_learn) == list(their_learn)

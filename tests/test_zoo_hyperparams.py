@@ -33,7 +33,7 @@ def test_our_file_is_merged_key_by_key(tmp_path, monkeypatch):
     assert merged == zoos
 
 
-@pytest.mark.parametrize("name", ["klip_ppo", "paper"])
+@pytest.mark.parametrize("name", ["klip_ppo", "paper", "geppo"])
 def test_each_reading_of_a_module_gives_a_new_dictionary(name):
     # RL Zoo deletes keys from what it is given, so that a second training in one process would find them gone.
     module = importlib.import_module(f"sb3_klip.hyperparams.{name}")
@@ -52,6 +52,6 @@ def test_beta_kwargs_may_be_written_in_python(given):
 
 def test_hyperparameters_are_those_of_the_algorithm_and_of_the_zoo():
     ours, theirs = hyperparameters(KLipPPO), hyperparameters(PPO)
-    assert ours - theirs == {"beta", "beta_kwargs", "log_kl", "compile"}
+    assert ours - theirs == {"beta", "beta_kwargs", "log_kl", "compile", "reuse"}
     assert {"n_envs", "normalize", "learning_rate"} <= theirs <= ours
     assert not {"env", "seed", "verbose"} & ours

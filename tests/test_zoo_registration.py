@@ -15,6 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import CheckpointCallback
 
 from sb3_klip import KLipPPO, ResumableCheckpointCallback, zoo
+from sb3_klip.replay import optimal_weights
 from sb3_klip.zoo.registration import PATCHES
 
 # One small rollout and a short update: these tests are about the way there.
@@ -89,6 +90,19 @@ def test_two_trainings_in_one_process(train_here):
     for _ in range(2):
         folder = train_here("-conf", "sb3_klip.hyperparams.paper", "-params", *SMALL_UPDATE)
     assert folder.name == "CartPole-v1_2"
+
+
+def test_reuse_among_the_hyperparameters(train_here):
+    folder = train_here("-params", *SMALL_UPDATE, "reuse:3")
+    assert KLipPPO.load(folder / "CartPole-v1.zip").reuse == 3
+    folder = train_here("-conf", "sb3_klip.hyperparams.geppo", "-params", *SMALL_UPDATE)
+    assert KLipPPO.load(folder / "CartPole-v1.zip").reuse == config(folder)["reuse"] == pytest.approx(optimal_weights(2))
+
+
+def test_a_mistake_in_reuse_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="reuse=0 must be a whole number from 1 up"):
+        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", "reuse:0", cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_beta_kwargs_as_a_python_expression_in_a_file(train_here, tmp_path):

@@ -8,7 +8,7 @@ from helpers import config, zoo_here, zoo_train
 from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
 
 from sb3_klip.coefficients import available, make
-from sb3_klip.zoo.tuning import converter_with_beta, sampler_with_beta, search_space
+from sb3_klip.zoo.tuning import converter_with_beta, sampler_with_beta, sampler_with_reuse, search_space
 
 
 def test_every_point_of_the_space_is_a_valid_pair():
@@ -25,6 +25,20 @@ def test_every_point_of_the_space_is_a_valid_pair():
         seen.add(coefficient.name)
         study.tell(trial, 0.0)
     assert seen == set(search_space())
+
+
+def test_the_number_of_rollouts_is_searched_as_well():
+    sampler = sampler_with_reuse(sampler_with_beta(sample_ppo_params))
+    converter = converter_with_beta(convert_onpolicy_params)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    seen = set()
+    for _ in range(50):
+        trial = study.ask()
+        sampled = sampler(trial, 1, 1, {})
+        assert converter(trial.params) == sampled
+        seen.add(sampled["reuse"])
+        study.tell(trial, 0.0)
+    assert seen == {1, 2, 3, 4, 5}
 
 
 def test_the_space_leaves_out_only_what_cannot_be_compared():
@@ -63,7 +77,8 @@ def test_two_workers_search_one_journal_and_a_trial_is_trained_again(tmp_path):
     assert config(model.parent)["beta"] == trial.params["beta"]
 
 
-def test_search_needs_the_tuner(tmp_path):
-    with pytest.raises(ValueError, match="--optimize-hyperparameters"):
-        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", "beta:'search'", cwd=tmp_path)
+@pytest.mark.parametrize("name", ["beta", "reuse"])
+def test_search_needs_the_tuner(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}='search' is for --optimize-hyperparameters"):
+        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", f"{name}:'search'", cwd=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -40,6 +40,8 @@ class Checkpoints(OnPolicyAlgorithm):
     # The callbacks of the running call of learn, and of what their data was when it began.
     _callback: BaseCallback | None = None
     _fingerprints: dict[int, dict[str, bytes]] | None = None
+    # Of sb3_klip.reuse, which this is mixed with.
+    forget_rollouts: Callable[[], None]
     # Steps at which the running call of learn began to count.
     _first_timestep: int = 0
 
@@ -102,6 +104,8 @@ class Checkpoints(OnPolicyAlgorithm):
         self._at_boundaries = ()
         resuming = self._resuming
         if resuming is None:
+            if reset_num_timesteps:
+                self.forget_rollouts()
             self._first_timestep = 0 if reset_num_timesteps else self.num_timesteps
         else:
             total_timesteps = self._remaining_timesteps(total_timesteps, reset_num_timesteps)
@@ -138,7 +142,7 @@ class Checkpoints(OnPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         private = ["_boundary", "_at_boundaries", "_resuming", "_callback", "_fingerprints", "_beta", "update_beta"]
-        return [*super()._excluded_save_params(), *private]
+        return [*super()._excluded_save_params(), *private, "_kept_rollouts", "_pool", "_time_limits"]
 
     def save(
         self,

@@ -26,7 +26,10 @@ from sb3_klip.reproducibility import processor, read_generators, versions
 _NOT_STATE = {"results_writer", "class_attributes"}
 
 #: Attributes of the model that SB3 does not save, or discards when it loads.
-_MODEL_STATE = ("_last_obs", "_last_episode_starts", "_last_original_obs", "_last_lstm_states", "action_space")
+_MODEL_STATE = (
+    *("_last_obs", "_last_episode_starts", "_last_original_obs", "_last_lstm_states", "action_space"),
+    "_kept_rollouts",
+)
 
 
 class Boundary(NamedTuple):

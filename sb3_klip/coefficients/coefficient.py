@@ -19,6 +19,7 @@ QUANTITIES: dict[str, str] = {
     "least_ratio": "least ratio that a policy with KL(π_old ‖ π) <= delta can give the action, delta being its parameter "
     "(sb3_klip.trust_region); tensor like the ratio",
     "greatest_ratio": "greatest ratio, likewise; tensor like the ratio",
+    "age": "updates since the sample was collected, 0 in the last rollout, so 0 with reuse=1; tensor like the ratio",
     "progress": "share of training done, from 0 to 1; float",
 }
 
@@ -193,6 +194,7 @@ class Coefficient:
         samples = {
             "kl": th.full_like(ratio, 0.05),
             "position": th.zeros_like(ratio),
+            "age": th.zeros_like(ratio),
             "old_log_prob": th.full_like(ratio, -1.0),
             "least_ratio": th.full_like(ratio, 0.7),
             "greatest_ratio": th.full_like(ratio, 1.5),

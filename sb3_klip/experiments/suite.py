@@ -17,6 +17,7 @@ from rl_zoo3.utils import ALGOS
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.experiments.cell import Cell
+from sb3_klip.replay import weights_by_age
 from sb3_klip.zoo import ALGORITHMS, hyperparameters, register
 
 #: Keys of a suite file; all but ``timesteps`` must be there.
@@ -215,6 +216,7 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     if algo in ALGORITHMS:
         try:
             make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
+            weights_by_age(settings.get("reuse", 1))
         except (ValueError, TypeError) as error:
             mistakes.append(f"method {method!r}: {error}")
     return mistakes

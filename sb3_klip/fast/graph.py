@@ -136,9 +136,10 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
     constants = _constants(update)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient))
+    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient), update.replayed is None)
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
-    needs_indices = any(each is not None for each in (update.snapshot, update.positions, update.ratio_bounds))
+    of_rollout = (update.snapshot, update.positions, update.ratio_bounds, update.ages, update.replayed)
+    needs_indices = any(each is not None for each in of_rollout)
     ready: dict[int, Callable[..., Any]] = {}
     if len(graphs.uses) > 1000:  # numbers that change with every update
         graphs.uses.clear()
@@ -215,7 +216,8 @@ def _constants(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
     numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
-    return [*numbers, *snapshot, *(each for each in (update.positions, update.ratio_bounds) if each is not None)]
+    columns = [each for each in (update.positions, update.ratio_bounds, update.ages) if each is not None]
+    return [*numbers, *snapshot, *columns, *(update.replayed or ())]
 
 
 def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
@@ -233,6 +235,10 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
         update = update._replace(positions=next(constant))
     if update.ratio_bounds is not None:
         update = update._replace(ratio_bounds=next(constant))
+    if update.ages is not None:
+        update = update._replace(ages=next(constant))
+    if update.replayed is not None:
+        update = update._replace(replayed=type(update.replayed)(*constant))
     return type(example)(*values), next(row, None), update
 
 
@@ -292,7 +298,7 @@ class _Tupled(nn.Module):
 
 def _same(ours: tuple[Sequence[th.Tensor], Minibatch], theirs: tuple[Sequence[th.Tensor], Minibatch]) -> bool:
     """Whether gradients and what is logged have the same bits, but for those of NaN."""
-    left, right = ([*gradients, *minibatch.terms, *minibatch[1:]] for gradients, minibatch in (ours, theirs))
+    left, right = ([*gradients, *minibatch.terms, *minibatch[1:5]] for gradients, minibatch in (ours, theirs))
     return all(
         a is b is None or (a is not None and b is not None and bool(((a == b) | (a.isnan() & b.isnan())).all()))
         for a, b in zip(left, right, strict=True)

@@ -52,7 +52,7 @@ class _Recorder(fx.Interpreter):
         return self.values[n]
 
 
-def _same_numbers(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node | None:
+def _same_numbers(node: Any, values: dict[fx.Node, Any]) -> fx.Node | None:
     """The node that has the same numbers in the same layout, if there is one."""
     if node.target is _ATEN.detach.default:
         return node.args[0]
@@ -91,7 +91,7 @@ def _separate_outputs(graph_module: fx.GraphModule, *example: Any) -> None:
     recorder.run(*example)
     kept = [node for node in graph_module.graph.nodes if node.op in ("placeholder", "get_attr")]
     taken = {recorder.values[node].untyped_storage().data_ptr() for node in kept}
-    output = graph_module.graph.output_node()
+    output: Any = graph_module.graph.output_node()
     outputs = []
     for node in output.args[0]:
         memory = recorder.values[node].untyped_storage().data_ptr()

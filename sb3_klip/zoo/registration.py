@@ -16,10 +16,11 @@ from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import load_vecnormalize
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.fast.compiling import check_compile
+from sb3_klip.replay import weights_by_age
 from sb3_klip.variants import VARIANTS
 from sb3_klip.zoo import agents
 from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, zoo_hyperparams
-from sb3_klip.zoo.tuning import SEARCH, converter_with_beta, sampler_with_beta
+from sb3_klip.zoo.tuning import SEARCH, converter_with_beta, sampler_with_beta, sampler_with_reuse
 
 #: The algorithms that RL Zoo can train, each with the zoo's algorithm whose hyperparameters, sampler and agents it takes.
 ALGORITHMS: dict[str, str] = {variant.zoo_name: variant.zoo_base for variant in VARIANTS if variant.in_zoo}
@@ -91,7 +92,9 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
     if (resumed := agents.read_resumed(manager, hyperparams)) is not None:
         return dict(resumed), resumed
     check_compile(hyperparams.get("compile", False))
-    if not _searches_beta(manager, hyperparams):
+    searches_beta = _searches(manager, hyperparams)
+    weights_by_age(hyperparams.get("reuse", 1))
+    if not searches_beta:
         evaluate_beta_kwargs(hyperparams)
         # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.
         if not manager.continue_training or "beta" in hyperparams or "beta_kwargs" in hyperparams:
@@ -100,19 +103,21 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
     return hyperparams, saved_hyperparams
 
 
-def _searches_beta(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
-    """Whether the tuner is to choose the coefficient; if so, it takes its place among the samplers."""
+def _searches(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
+    """Whether the tuner is to choose the coefficient; what it is to choose takes its place among the samplers."""
     # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
-    sampler = HYPERPARAMS_SAMPLER[ALGORITHMS[manager.algo]]
-    search = hyperparams.get("beta") == SEARCH
-    HYPERPARAMS_SAMPLER[manager.algo] = sampler_with_beta(sampler) if search else sampler  # type: ignore[assignment]
-    if search:
+    sampler: Any = HYPERPARAMS_SAMPLER[ALGORITHMS[manager.algo]]
+    searched = [name for name in ("beta", "reuse") if hyperparams.get(name) == SEARCH]
+    for name in searched:
         if not manager.optimize_hyperparameters:
-            raise ValueError("beta='search' is for --optimize-hyperparameters; to train, name a coefficient")
-        if "beta_kwargs" in hyperparams:
+            value = "name a coefficient" if name == "beta" else "give a number"
+            raise ValueError(f"{name}='search' is for --optimize-hyperparameters; to train, {value}")
+        if name == "beta" and "beta_kwargs" in hyperparams:
             raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
-        del hyperparams["beta"]
-    return search
+        sampler = (sampler_with_beta if name == "beta" else sampler_with_reuse)(sampler)
+        del hyperparams[name]
+    HYPERPARAMS_SAMPLER[manager.algo] = sampler
+    return "beta" in searched
 
 
 def _create_callbacks(original: Any, manager: ExperimentManager) -> None:

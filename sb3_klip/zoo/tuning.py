@@ -1,4 +1,4 @@
-"""The coefficient as a hyperparameter that RL Zoo's tuner searches: ``beta: search`` with ``--optimize-hyperparameters``."""
+"""Hyperparameters that RL Zoo's tuner searches with ``--optimize-hyperparameters``: ``beta: search`` and ``reuse: search``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,8 +7,10 @@ import optuna
 
 from sb3_klip.coefficients import entries
 
-#: The value of ``beta`` that asks for the search.
+#: The value of ``beta`` or ``reuse`` that asks for the search.
 SEARCH = "search"
+#: The numbers of rollouts that are tried.
+REUSE = (1, 5)
 
 Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -36,6 +38,20 @@ def sampler_with_beta(sampler: Sampler) -> Sampler:
             for parameter, (low, high) in spaces[name].items()
         }
         return {**hyperparams, "beta": name, "beta_kwargs": beta_kwargs}
+
+    return sample
+
+
+def sampler_with_reuse(sampler: Sampler) -> Sampler:
+    """
+    Extend a sampler of RL Zoo by the number of rollouts that are learned from; the zoo's converters leave it as it is.
+
+    :param sampler: the zoo's sampler of all other hyperparameters
+    :return: sampler that sets ``reuse``, too
+    """
+
+    def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        return {**sampler(trial, n_actions, n_envs, additional_args), "reuse": trial.suggest_int("reuse", *REUSE)}
 
     return sample
 
