@@ -20,14 +20,19 @@ def test_operators_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("before", [True, False])
 def test_the_switch_is_that_of_the_thread_and_put_back(before: bool) -> None:
     read, elsewhere = th._C._get_graph_executor_optimize, []
+    thread = threading.Thread(target=lambda: elsewhere.append(read()))
+
+    @unoptimized_script()
+    def fail() -> None:
+        assert not read()
+        thread.start()
+        thread.join()
+        raise KeyError
+
     th._C._set_graph_executor_optimize(before)
     try:
-        with pytest.raises(KeyError), unoptimized_script():
-            assert not read()
-            thread = threading.Thread(target=lambda: elsewhere.append(read()))
-            thread.start()
-            thread.join()
-            raise KeyError
+        with pytest.raises(KeyError):
+            fail()
         assert read() is before
         assert elsewhere == [True]
     finally:

@@ -34,7 +34,8 @@ def simplified(traced: fx.GraphModule, *example: Any) -> fx.GraphModule:
             node.replace_all_uses_with(source)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    shared = CSEPass()(traced).graph_module
+    result: Any = CSEPass()(traced)
+    shared = result.graph_module
     _fold_constants(shared, *example)
     _separate_outputs(shared, *example)
     return shared
