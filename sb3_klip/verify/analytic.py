@@ -36,7 +36,8 @@ def analytic_residual(model: Any, buffer: Any, snapshot: Any, clip_range: float)
     :return: a number from 0 (nothing remains) to 1 (all does) for each sample on the kill set
     """
     shares = []
-    for rollout_data, indices, mask, log_prob, advantages in model.evaluate_rollout(buffer):
+    for samples in model.evaluate_rollout(buffer):
+        rollout_data, indices, mask = samples.rollout_data, samples.indices, samples.mask
         rows = slice(None) if mask is None else mask
         family, parameters = parameters_of(model.policy.action_dist)
         leaves = tuple(parameter.detach()[rows].double().requires_grad_() for parameter in parameters)
@@ -46,8 +47,8 @@ def analytic_residual(model: Any, buffer: Any, snapshot: Any, clip_range: float)
             actions = TanhBijector.inverse(actions)
         score = _per_sample_gradient(_log_prob(family, leaves, actions), leaves)
         divergence = _per_sample_gradient(DIVERGENCES[family](old, leaves), leaves)
-        ratio = (log_prob - rollout_data.old_log_prob).exp()
-        kill, _, _ = partition(ratio, advantages, clip_range)
+        ratio = (samples.log_prob - rollout_data.old_log_prob).exp()
+        kill, _, _ = partition(ratio, samples.advantages, clip_range)
         cosine = F.cosine_similarity(score, divergence, dim=1)[kill[rows]]
         shares.append((1 - cosine.square()).clamp(min=0).sqrt())
     return th.cat(shares).numpy()
