@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, words: str) -> int:
+    from distributed.comm import CommClosedError
     from filelock import FileLock, Timeout
     from rich.console import Console
 
@@ -101,7 +102,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
                 raise
     except Timeout:
         raise ValueError(f"another run is at work in {folder}") from None
-    except CancelledError:  # Dask's is one, too
+    except (CancelledError, CommClosedError):  # Dask's CancelledError is one, too
         print(f"\nThe scheduler is gone. What is finished is in {folder}; to go on:\n  {again}")
         return 1
     except KeyboardInterrupt:
