@@ -155,7 +155,7 @@ def pids(folder, suffix):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds out in Linux's /proc whether a process is still there")
 @pytest.mark.parametrize("seconds", [0.1, 0.5, 1, 2, None])
 def test_verify_interrupted(endless, tmp_path, seconds):
     """While the two processes start, and are importing what they need; or train."""
@@ -185,7 +185,7 @@ def in_group(process, group):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="finds out in Linux's /proc whether a process is still there")
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
 def test_the_two_trainings_end_with_the_command(endless, tmp_path, number):
     eventually(lambda: len(pids(tmp_path, "pid")) == 2)

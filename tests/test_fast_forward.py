@@ -135,6 +135,25 @@ def test_what_the_short_way_passes_over_is_called_where_somebody_watches(watch: 
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("context", [lambda: th.autocast("cpu", dtype=th.bfloat16), th.autograd.profiler.profile])
+def test_where_operations_are_observed_or_changed_there_is_no_graph(
+    context: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forward, "WARM_UP", 0)
+    policy = PPO("MlpPolicy", "Pendulum-v1", device="cpu").policy
+    observation, calls = th.zeros(1, 3), []
+    with forward.short_forward(policy), th.no_grad():
+        policy(observation)
+        graph = forward._Layers.forward
+        monkeypatch.setattr(forward._Layers, "forward", lambda *args: calls.append(1) or graph(*args))
+        policy(observation)  # with which the graph is compared
+        policy(observation)
+        assert len(calls) == 1
+        with context():
+            policy(observation)
+        assert len(calls) == 2
+
+
 class OtherLayer(BaseCallback):
     """Gives the policy another layer, and other parameters, in the middle of a rollout."""
 

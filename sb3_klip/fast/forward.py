@@ -20,7 +20,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 
-from sb3_klip.fast.graph import KNOWN_MODULES
+from sb3_klip.fast.graph import KNOWN_MODULES, reason_in_torch
 from sb3_klip.fast.script import unoptimized_script
 
 #: Methods of the policy that the short way does without, and that somebody may have replaced on the object.
@@ -106,7 +106,8 @@ class _ShortForward:
     def _compute(self, *inputs: th.Tensor) -> Any:
         """What the layers compute, by a graph if there is one, which is compared once."""
         layers = self.layers
-        if th.is_grad_enabled() or _are_watched(layers.all) or (graph := self._graph(inputs)) is None:
+        is_observed = th.is_grad_enabled() or _are_watched(layers.all) or reason_in_torch()
+        if is_observed or (graph := self._graph(inputs)) is None:
             return layers(*inputs)
         with unoptimized_script():
             found = graph(*inputs)
