@@ -44,7 +44,7 @@ from stable_baselines3.common.vec_env import (
 )
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sb3_klip.fast import forward, graph
+from sb3_klip.fast import graph
 from sb3_klip.variants import VARIANTS
 
 STEPS = 32
@@ -1273,7 +1273,6 @@ def test_same_as_the_base_class(name: str, variant: Any, tmp_path: Path) -> None
 def test_same_on_the_traced_path(name: str, variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings above are too short for graphs; here these are used from the first minibatch on."""
     monkeypatch.setattr(graph, "WARM_UP", 0)
-    monkeypatch.setattr(forward, "WARM_UP", 0)
     check(name, variant, tmp_path)
 
 

@@ -20,14 +20,6 @@ from sb3_klip.fast import forward
 SMALL: dict[str, Any] = {"n_steps": 100, "batch_size": 32, "n_epochs": 2, "learning_rate": 3e-3, "clip_range": 0.05}
 
 
-@pytest.fixture(params=["eager", "traced"])
-def warm_up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few calls, which are eager; and a graph from the second call on."""
-    if request.param == "traced":
-        monkeypatch.setattr(forward, "WARM_UP", 0)
-
-
-@pytest.mark.usefixtures("warm_up")
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1", "MountainCarContinuous-v0"])
 @pytest.mark.parametrize("activation", [th.nn.Tanh, th.nn.ELU])
 def test_the_policy_in_fewer_calls_has_the_same_bits(env_id: str, activation: type) -> None:
@@ -37,15 +29,11 @@ def test_the_policy_in_fewer_calls_has_the_same_bits(env_id: str, activation: ty
     expected, drawn = policy(observations), th.rand(1)
     with forward.short_forward(policy):
         assert isinstance(vars(policy)["forward"], forward._ShortForward)
-        with th.no_grad():
-            policy(observations)
-            th.manual_seed(0)
-            found, drawn_then = policy(observations), th.rand(1)
-        differentiable = policy(observations)[1]
+        th.manual_seed(0)
+        found, drawn_then = policy(observations), th.rand(1)
         certain = policy(observations, deterministic=True)
     assert all(th.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
     assert th.equal(drawn, drawn_then)
-    assert differentiable.requires_grad
     assert th.equal(certain[0], policy(observations, deterministic=True)[0])
     assert "forward" not in vars(policy)
 
@@ -119,13 +107,11 @@ def own_method(policy: Any) -> list[int]:
     return calls
 
 
-@pytest.mark.usefixtures("warm_up")
 @pytest.mark.parametrize("watch", [watched_module, watched_layer, any_module, own_method])
 def test_what_the_short_way_passes_over_is_called_where_somebody_watches(watch: Callable[[Any], list[int]]) -> None:
     policy = PPO("MlpPolicy", "CartPole-v1", device="cpu").policy
     try:
-        with forward.short_forward(policy), th.no_grad():
-            policy(th.zeros(1, 4))
+        with forward.short_forward(policy):
             policy(th.zeros(1, 4))
             calls = watch(policy)
             policy(th.zeros(1, 4))
@@ -133,25 +119,6 @@ def test_what_the_short_way_passes_over_is_called_where_somebody_watches(watch: 
         if hasattr(policy, "handle"):
             policy.handle.remove()
     assert len(calls) == 1
-
-
-@pytest.mark.parametrize("context", [lambda: th.autocast("cpu", dtype=th.bfloat16), th.autograd.profiler.profile])
-def test_where_operations_are_observed_or_changed_there_is_no_graph(
-    context: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forward, "WARM_UP", 0)
-    policy = PPO("MlpPolicy", "Pendulum-v1", device="cpu").policy
-    observation, calls = th.zeros(1, 3), []
-    with forward.short_forward(policy), th.no_grad():
-        policy(observation)
-        graph = forward._Layers.forward
-        monkeypatch.setattr(forward._Layers, "forward", lambda *args: calls.append(1) or graph(*args))
-        policy(observation)  # with which the graph is compared
-        policy(observation)
-        assert len(calls) == 1
-        with context():
-            policy(observation)
-        assert len(calls) == 2
 
 
 class OtherLayer(BaseCallback):
@@ -169,7 +136,6 @@ class OtherLayer(BaseCallback):
         return True
 
 
-@pytest.mark.usefixtures("warm_up")
 def test_parameters_are_those_of_the_moment() -> None:
     theirs, ours = (
         algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL).learn(100, callback=OtherLayer())
@@ -177,25 +143,6 @@ def test_parameters_are_those_of_the_moment() -> None:
     )
     for name in ("actions", "values", "log_probs"):
         assert np.array_equal(getattr(ours.rollout_buffer, name), getattr(theirs.rollout_buffer, name))
-
-
-def test_a_bit_that_differs_is_found_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "WARM_UP", 50)
-    trace = forward._Layers.traced
-
-    def wrong(layers: Any, inputs: Any) -> Any:
-        graph = trace(layers, inputs)
-
-        def run(*tensors: th.Tensor) -> Any:
-            actions, *others = graph(*tensors)
-            return (actions.nextafter(th.tensor(1e9)), *others)
-
-        return run
-
-    monkeypatch.setattr(forward._Layers, "traced", wrong)
-    with pytest.warns(UserWarning, match="fast forward pass does not give the bits"):
-        ours = KLipPPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL).learn(200)
-    assert_identical(ours, PPO("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL).learn(200))
 
 
 class CopyPolicy(BaseCallback):
@@ -231,7 +178,6 @@ class Breaks(gym.Wrapper):
         return observation * (np.nan if len(self.actions) == 10 else 1), *rest
 
 
-@pytest.mark.usefixtures("warm_up")
 @pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
 def test_no_environment_is_given_an_action_that_is_not_finite(env_id: str) -> None:
     for algorithm in (PPO, KLipPPO):

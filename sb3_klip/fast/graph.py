@@ -81,7 +81,7 @@ def reason_against(model: Any, coefficient: Any) -> str:
         return f"a part of the loss of {type(model).__name__} was replaced"
     if not coefficient.is_constant:
         return f"the coefficient {coefficient.name} may change during training"
-    return next(_reasons_in(model.policy), "") or reason_in_torch()
+    return next(_reasons_in(model.policy), "") or _reason_in_torch()
 
 
 def given_up(model: Any) -> str:
@@ -112,12 +112,8 @@ def _reasons_in(policy: Any) -> Iterator[str]:
         yield "the optimizer is not that of the policy's parameters"
 
 
-def reason_in_torch() -> str:
-    """
-    What a user has switched on in torch that looks at each operation, or changes it.
-
-    :return: for people; empty if there is nothing
-    """
+def _reason_in_torch() -> str:
+    """What a user has switched on in torch that looks at each operation, or changes it."""
     switched_on = {
         "a hook of all modules": nn.modules.module._has_any_global_hook(),
         "autocast": th.is_autocast_enabled("cpu"),
