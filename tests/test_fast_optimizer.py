@@ -116,6 +116,7 @@ def test_one_tensor_has_the_same_bits(policy: str, kwargs: dict[str, Any], env_i
         ("MlpPolicy", with_optimizer(amsgrad=True)),
         ("MlpPolicy", with_optimizer(foreach=True)),
         ("MlpPolicy", with_optimizer(fused=True)),
+        ("MlpPolicy", with_optimizer(betas=(th.tensor(0.8), th.tensor(0.9)))),
         ("MlpPolicy", with_optimizer(th.optim.NAdam)),
         ("MlpPolicy", with_optimizer(th.optim.SGD, momentum=0.9)),
         ("MlpPolicy", {"policy_kwargs": {"net_arch": [600, 600]}, "n_steps": 40}),

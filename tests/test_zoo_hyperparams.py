@@ -13,7 +13,7 @@ from stable_baselines3 import PPO
 
 from sb3_klip import KLipPPO, zoo
 from sb3_klip.zoo import hyperparameters
-from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs
+from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, protocol
 
 
 def test_our_file_changes_nothing_as_shipped():
@@ -55,3 +55,12 @@ def test_hyperparameters_are_those_of_the_algorithm_and_of_the_zoo():
     assert ours - theirs == {"beta", "beta_kwargs", "log_kl", "compile", "reuse"}
     assert {"n_envs", "normalize", "learning_rate"} <= theirs <= ours
     assert not {"env", "seed", "verbose"} & ours
+
+
+def test_a_protocol_is_read_anew_each_time(tmp_path):
+    (tmp_path / "own.yml").write_text("default:\n  n_steps: 8\n")
+    read = protocol(str(tmp_path / "own.py"))
+    read("hyperparams")["default"]["n_steps"] = 9
+    assert read("hyperparams") == {"default": {"n_steps": 8}}
+    with pytest.raises(AttributeError, match=r"sb3_klip\.hyperparams\.own.* has no attribute 'hyperparam'"):
+        read("hyperparam")

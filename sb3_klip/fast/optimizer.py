@@ -103,7 +103,9 @@ def _fewer_calls(optimizer: th.optim.Optimizer, how: str) -> Iterator[None]:
 
 
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
-    return type(optimizer) in (th.optim.Adam, th.optim.AdamW)
+    # With betas that are tensors, torch calculates otherwise.
+    has_numbers = not any(isinstance(beta, th.Tensor) for group in optimizer.param_groups for beta in group.get("betas", ()))
+    return type(optimizer) in (th.optim.Adam, th.optim.AdamW) and has_numbers
 
 
 def _is_large(optimizer: th.optim.Optimizer) -> bool:

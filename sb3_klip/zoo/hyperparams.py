@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ def zoo_hyperparams() -> Path:
     package = Path(rl_zoo3.__file__).parent
     inside = package / "hyperparams"
     return inside if inside.is_dir() else package.parent / "hyperparams"
+
+
+def protocol(module_file: str) -> Callable[[str], Any]:
+    """
+    The ``__getattr__`` of a module for ``-conf``: its ``hyperparams`` are those of the YAML file beside it.
+
+    RL Zoo changes the dictionary that it is given, so each reading gets one of its own.
+
+    :param module_file: ``__file__`` of the module
+    """
+    path = Path(module_file).with_suffix(".yml")
+
+    def read(name: str) -> Any:
+        if name == "hyperparams":
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        raise AttributeError(f"module 'sb3_klip.hyperparams.{path.stem}' has no attribute {name!r}")
+
+    return read
 
 
 def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
