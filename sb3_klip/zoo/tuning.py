@@ -5,7 +5,7 @@ from typing import Any
 
 import optuna
 
-from sb3_klip.coefficients import entries
+from sb3_klip.coefficients import entries, make
 
 #: The value of ``beta`` or ``reuse`` that asks for the search.
 SEARCH = "search"
@@ -16,9 +16,17 @@ Sampler = Callable[[optuna.Trial, int, int, dict[str, Any]], dict[str, Any]]
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def search_space() -> dict[str, Mapping[str, tuple[float, float]]]:
-    """The coefficients that are tried, with the range of each parameter that is sampled, on a logarithmic scale."""
-    return {entry.name: entry.search for entry in entries() if entry.search is not None}
+def search_space(is_continuous: bool = False) -> dict[str, Mapping[str, tuple[float, float]]]:
+    """
+    The coefficients that are tried, with the range of each parameter that is sampled, on a logarithmic scale.
+
+    :param is_continuous: whether actions have densities; coefficients that mean probabilities are then left out
+    """
+    return {
+        entry.name: entry.search
+        for entry in entries()
+        if entry.search is not None and not (is_continuous and make(entry.name).needs_probabilities)
+    }
 
 
 def sampler_with_beta(sampler: Sampler) -> Sampler:
@@ -31,7 +39,7 @@ def sampler_with_beta(sampler: Sampler) -> Sampler:
 
     def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
         hyperparams = sampler(trial, n_actions, n_envs, additional_args)
-        spaces = search_space()
+        spaces = search_space(is_continuous=n_actions > 0)  # the zoo counts those of Box action spaces only
         name = trial.suggest_categorical("beta", list(spaces))
         beta_kwargs = {
             parameter: trial.suggest_float(f"beta_{name}_{parameter}", low, high, log=True)
