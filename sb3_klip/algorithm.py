@@ -15,7 +15,7 @@ from sb3_klip.coefficients import Coefficient, CoefficientLike
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.compiling import check_compile
-from sb3_klip.fast.forward import short_forward
+from sb3_klip.fast.rollouts import short_rollout
 from sb3_klip.replay import weights_by_age
 from sb3_klip.reuse import SampleReuse
 
@@ -148,7 +148,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
                 "beta='trust_region_guided' bounds the ratio by how probable an action was."
             )
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+    def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, *args: Any, **kwargs: Any) -> bool:
         """Collect experiences, as the base class does."""
-        with short_forward(self.policy):
-            return super().collect_rollouts(*args, **kwargs)
+        with short_rollout(self.policy, env, rollout_buffer):
+            return super().collect_rollouts(env, callback, rollout_buffer, *args, **kwargs)

@@ -152,7 +152,7 @@ class PerSampleKLTraining(Seam):
         if self.compile:
             self.update_path = "compiled"
             return compiled_loss(self)
-        reason = reason_against(self, update.coefficient)
+        reason = reason_against(self)
         self._tell_path(reason)
         return self._loss if reason else graph_loss(self, update)
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from torch import nn
 
 from sb3_klip import IdentityCheckCallback, KLipPPO
-from sb3_klip.coefficients import available, make, register
+from sb3_klip.coefficients import available, make
 from sb3_klip.fast import graph
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 40, "n_epochs": 2, "seed": 0, "device": "cpu", "clip_range": 0.05}
@@ -122,6 +122,68 @@ def test_every_coefficient_has_the_bits_of_its_eager_update(name: str, eager: Ca
     assert_same(ours, eager(model(env=env, beta=name)))
 
 
+class Counting:
+    """A coefficient with a state that every call changes, and that looks at data."""
+
+    estimator = "k3"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(
+        self,
+        ratio: th.Tensor,
+        advantages: th.Tensor,
+        clip_range: float,
+        *,
+        kl: th.Tensor,
+        position: th.Tensor,
+        progress: float,
+        strength: float = 1.0,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        assert type(clip_range) is float
+        assert not th.is_grad_enabled() or not ratio.requires_grad
+        self.calls += 1
+        share = self.calls % 3 / 3 + 0.1 * progress
+        far = ratio.max() > 1 + clip_range
+        removal = th.where(kl > 1e-4, share, position / 200) if far else th.zeros_like(ratio)
+        return removal, strength * th.full_like(ratio, share)
+
+
+CHANGING: dict[str, dict[str, Any]] = {
+    "learns": {"beta": "adaptive", "beta_kwargs": {"kl_target": 1e-4}},
+    "scheduled": {"beta": "linear_ramp", "beta_kwargs": {"width": "lin_0.1"}},
+    "function of the progress": {"beta": "sigmoid", "beta_kwargs": {"temperature": lambda progress: 0.1 + progress}},
+    "own": {"beta": Counting(), "beta_kwargs": {"strength": 0.5}},
+    "own, reused": {"beta": Counting(), "reuse": [0.5, 0.3, 0.2]},
+}
+
+
+@pytest.mark.parametrize("case", CHANGING)
+def test_a_coefficient_that_may_change_is_called_between_two_graphs(case: str, eager: Callable[..., Any]) -> None:
+    ours = model(**CHANGING[case]).learn(STEPS)
+    assert ours.update_path == "traced"
+    assert 1 <= len(traced(ours)) <= 4
+    theirs = eager(model(**CHANGING[case]))
+    assert_same(ours, theirs)
+    assert {**ours.logger.name_to_value, "train/traced": 0} == theirs.logger.name_to_value
+    if case.startswith("own"):  # as often as in the eager update
+        assert ours.beta.function.calls == theirs.beta.function.calls > 0
+
+
+def test_a_coefficient_that_is_given_other_bits_is_found(monkeypatch: pytest.MonkeyPatch, eager: Callable[..., Any]) -> None:
+    trace = graph._traced
+
+    def wrong(*args: Any) -> Any:
+        whole, of_given = trace(*args)
+        return whole, lambda *tensors: [tensor.nextafter(th.tensor(1e9)) for tensor in of_given(*tensors)]
+
+    monkeypatch.setattr(graph, "_traced", wrong)
+    with pytest.warns(UserWarning, match="does not give the bits"):
+        ours = model(beta="adaptive").learn(STEPS)
+    assert_same(ours, eager(model(beta="adaptive")))
+
+
 @pytest.mark.parametrize("name", ["step", "fixed", "position"])
 def test_reused_samples_have_the_bits_of_the_eager_update(name: str, eager: Callable[..., Any]) -> None:
     ours = model(beta=name, reuse=[0.5, 0.3, 0.2]).learn(STEPS)
@@ -196,10 +258,10 @@ def test_a_bit_that_differs_is_found_before_a_step_is_taken(update: int, monkeyp
         right = trace(*args)
 
         def run(*tensors: Any) -> Any:
-            gradient, *others = right(*tensors)
+            gradient, *others = right[0](*tensors)
             return (gradient.nextafter(th.tensor(1e9)) if learner._n_updates >= 2 * (update - 1) else gradient, *others)
 
-        return run
+        return run, right[1]
 
     monkeypatch.setattr(graph, "_traced", wrong)
     with pytest.warns(UserWarning, match=rf"does not give the bits of the eager one.*at {64 * update} steps"):
@@ -284,13 +346,7 @@ def test_reasons_in_the_policy(reason: str) -> None:
 
 
 def test_reasons_in_the_algorithm() -> None:
-    @register("own")
-    def own(ratio: th.Tensor, advantages: th.Tensor, clip_range: Any) -> th.Tensor:
-        return ratio * 0
-
     assert "a part of the loss of OwnLoss was replaced" in model(OwnLoss).learn(64).update_path
-    assert "the coefficient own may change" in model(beta="own").learn(64).update_path
-    assert "the coefficient adaptive may change" in model(beta="adaptive").learn(64).update_path
     patched = model()
     patched._value_loss = lambda *args: KLipPPO._value_loss(patched, *args)
     assert "was replaced" in patched.learn(64).update_path
@@ -309,8 +365,8 @@ def test_reasons_in_torch(reason: str) -> None:
     learner = model()
     learner.learn(64)
     with CONTEXTS[reason]():
-        assert reason in graph.reason_against(learner, learner.beta)
-    assert graph.reason_against(learner, learner.beta) == ""
+        assert reason in graph.reason_against(learner)
+    assert graph.reason_against(learner) == ""
 
 
 def test_the_path_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,10 @@ holds the very operators that eager PyTorch calls for ``_loss`` of the model and
 without Python and without changing any (:func:`~sb3_klip.fast.script.unoptimized_script`), so that no bit changes.
 
 A graph knows only what went into it: numbers are baked in, and Python that looks at data is not there any more. So it is for
-models of which all parts are known (:func:`reason_against`), numbers that schedules change go in as tensors, and the first
-minibatch of every update is computed in both ways and compared, before any step is taken, with ratios on all sides of the
-bounds. Where anything else is the case, the eager loss is used.
+models of which all parts are known (:func:`reason_against`). Numbers that schedules change go in as tensors, and a coefficient
+that may change is called between two graphs (:mod:`sb3_klip.fast.asking`). The first minibatch of every update is computed in
+both ways and compared, before any step is taken, with ratios on all sides of the bounds. Where anything else is the case, the
+eager loss is used.
 
 ``torch.jit.trace`` is deprecated. What makes a graph is :func:`_traced`, and nothing else knows how.
 """
@@ -19,7 +20,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch as th
 from sb3_contrib.common.maskable import policies as maskable_policies
@@ -29,6 +30,8 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_klip.diagnostics import Minibatch
+from sb3_klip.fast.asking import Answering, example_answer
+from sb3_klip.fast.observers import hooks_of, reason_in_torch
 from sb3_klip.fast.script import unoptimized_script
 from sb3_klip.fast.simplify import simplified
 from sb3_klip.fast.validation import unvalidated_distributions
@@ -52,11 +55,15 @@ MOST_GRAPHS = 16
 _TRACING = threading.Lock()
 
 
+#: The graph of the gradients, and the one of what a coefficient is given that may change.
+Traced: TypeAlias = tuple[Callable[..., Any], Callable[..., Any] | None]
+
+
 class Graphs:
     """The graphs of one model, by what they depend on; how often they could have been used; and why they are not any more."""
 
     def __init__(self) -> None:
-        self.traced: dict[Any, Callable[..., Any]] = {}
+        self.traced: dict[Any, Traced] = {}
         self.uses: dict[Any, int] = {}
         self.given_up = ""
 
@@ -65,12 +72,11 @@ class Graphs:
 _GRAPHS: "weakref.WeakKeyDictionary[Any, Graphs]" = weakref.WeakKeyDictionary()
 
 
-def reason_against(model: Any, coefficient: Any) -> str:
+def reason_against(model: Any) -> str:
     """
     Why an update cannot be computed by graphs.
 
     :param model: an algorithm of this package
-    :param coefficient: its coefficient
     :return: the reason, for people; empty if there is none
     """
     if reason := given_up(model):
@@ -79,9 +85,7 @@ def reason_against(model: Any, coefficient: Any) -> str:
         return f"the model is on {model.device}"
     if not model.has_known_loss():
         return f"a part of the loss of {type(model).__name__} was replaced"
-    if not coefficient.is_constant:
-        return f"the coefficient {coefficient.name} may change during training"
-    return next(_reasons_in(model.policy), "") or _reason_in_torch()
+    return next(_reasons_in(model.policy), "") or reason_in_torch()
 
 
 def given_up(model: Any) -> str:
@@ -102,7 +106,7 @@ def _reasons_in(policy: Any) -> Iterator[str]:
             yield f"{name} is not known"
         if any(callable(value) and hasattr(type(module), key) for key, value in vars(module).items()):
             yield f"a method of the policy's {name} was replaced"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if any(hooks_of([module])):
             yield f"the policy's {name} has a hook"
     for parameter in policy.parameters():
         if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
@@ -110,18 +114,6 @@ def _reasons_in(policy: Any) -> Iterator[str]:
     stepped = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
     if stepped != {id(parameter) for parameter in policy.parameters()}:
         yield "the optimizer is not that of the policy's parameters"
-
-
-def _reason_in_torch() -> str:
-    """What a user has switched on in torch that looks at each operation, or changes it."""
-    switched_on = {
-        "a hook of all modules": nn.modules.module._has_any_global_hook(),
-        "autocast": th.is_autocast_enabled("cpu"),
-        "anomaly detection": th.is_anomaly_enabled(),
-        "a profiler": th.autograd.profiler._is_profiler_enabled,
-        "a mode of torch's functions": th._C._len_torch_function_stack() + th._C._len_torch_dispatch_stack() > 0,
-    }
-    return next((f"{name} is at work" for name, is_on in switched_on.items() if is_on), "")
 
 
 def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
@@ -135,8 +127,9 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
-    constants = _constants(update)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, repr(update.coefficient), update.replayed is None)
+    coefficient, constants = update.coefficient, _constants(update)
+    in_graph = repr(coefficient) if coefficient.is_constant else (coefficient.requests, coefficient.estimator)
+    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, in_graph, update.replayed is None)
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
     of_rollout = (update.snapshot, update.positions, update.ratio_bounds, update.ages, update.replayed)
     needs_indices = any(each is not None for each in of_rollout)
@@ -169,13 +162,17 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
                 first_line = next(iter(str(error).splitlines()), "")
                 graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
                 return None
-        run = functools.partial(_run, graphs.traced[key], parameters, constants)
+        run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
         # The policy is still that of the rollout, so that no ratio is near a bound; moved, some are, on each side.
         moved = _moved(rollout_data)
-        loss, minibatch = model._loss(moved, indices, update)
-        eager = (th.autograd.grad(loss, parameters), minibatch)
-        if _same(run(_rows(moved, indices if needs_indices else None)), eager):
-            return run
+        moved_rows = _rows(moved, indices if needs_indices else None)
+        asked = (
+            coefficient if coefficient.is_constant else Answering(coefficient, example_answer(coefficient, moved.advantages))
+        )
+        loss, minibatch = model._loss(moved, indices, update._replace(coefficient=asked))
+        eager = (th.autograd.grad(loss, parameters), minibatch, getattr(asked, "given", {}))
+        if _same((*run(moved_rows, asked), getattr(asked, "given", {})), eager):
+            return lambda rows: run(rows, coefficient)
         graphs.given_up = "a graph did not give the bits of the eager update"
         warnings.warn(
             f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is left from now on, at "
@@ -187,14 +184,28 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     return compute
 
 
-@th.no_grad()
-def _run(graph: Any, parameters: Any, constants: Any, rows: Any) -> tuple[Sequence[th.Tensor], Minibatch]:
-    with unoptimized_script():
-        outputs = graph(*parameters, *rows, *constants)
+def _run(
+    graphs: Traced, parameters: Any, constants: Any, clip_range: Any, rows: Any, coefficient: Any
+) -> tuple[Sequence[th.Tensor], Minibatch]:
+    """Gradients of all parameters, and what is logged."""
+    whole, of_given = graphs
+    tensors = (*parameters, *rows, *constants)
+    if of_given is not None:
+        ratio, advantages, *quantities = _call(of_given, tensors)
+        requests = [key for key in coefficient.requests if key != "progress"]
+        answer = coefficient(ratio, advantages, clip_range, **dict(zip(requests, quantities, strict=True)))
+        tensors = (*tensors, *(tensor for tensor in answer if tensor is not None))
+    outputs = _call(whole, tensors)
     loss, log_ratio, ratio, removal, *penalty, advantages, value_loss, entropy_loss = outputs[len(parameters) :]
     weight, estimate = penalty or (None, None)
     terms = PerSampleKL(loss, log_ratio, ratio, removal, weight, estimate)
     return outputs[: len(parameters)], Minibatch(terms, advantages, None, value_loss, entropy_loss)
+
+
+@th.no_grad()
+def _call(graph: Any, tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
+    with unoptimized_script():
+        return graph(*tensors)
 
 
 def _moved(rollout_data: Any) -> Any:
@@ -238,7 +249,10 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
     if update.ages is not None:
         update = update._replace(ages=next(constant))
     if update.replayed is not None:
-        update = update._replace(replayed=type(update.replayed)(*constant))
+        update = update._replace(replayed=type(update.replayed)(*(next(constant) for _ in update.replayed)))
+    if isinstance(update.coefficient, Answering):
+        answer = tuple(constant) or update.coefficient.answer
+        update = update._replace(coefficient=Answering(update.coefficient, answer))
     return type(example)(*values), next(row, None), update
 
 
@@ -254,10 +268,12 @@ class _Loss(nn.Module):
         return self.loss(*args)
 
 
-def _traced(
-    model: Any, example: Any, update: Any, rows: list[th.Tensor], constants: list[th.Tensor]
-) -> Callable[..., tuple[th.Tensor, ...]]:
-    """A graph of the gradients and of what is logged, for tensors of these shapes."""
+def _traced(model: Any, example: Any, update: Any, rows: list[th.Tensor], constants: list[th.Tensor]) -> Traced:
+    """
+    A graph of the gradients and of what is logged, for tensors of these shapes.
+
+    For a coefficient that may change, the graph takes what it returned as well; and there is one of what it is given.
+    """
     # Of a copy: while it is traced, the policy has no parameters that another thread could save.
     twin = copy.copy(model)
     action_dist = model.policy.action_dist
@@ -265,13 +281,20 @@ def _traced(
     loss_module = _Loss(twin)
     names = [name for name, _ in loss_module.named_parameters()]
     leaves = [parameter.detach() for parameter in loss_module.parameters()]
+    answer: tuple[th.Tensor, ...] = ()
+    if not update.coefficient.is_constant:
+        answer = example_answer(update.coefficient, example.advantages)
+        update = update._replace(coefficient=Answering(update.coefficient, answer))
 
-    def flat(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+    def evaluated(*tensors: th.Tensor) -> tuple[Any, ...]:
         parts = iter(tensors)
-        inputs, *others = ([next(parts) for _ in part] for part in (leaves, rows, constants))
+        inputs, own_rows = ([next(parts) for _ in part] for part in (leaves, rows))
         inputs = [parameter.detach().requires_grad_() for parameter in inputs]
-        arguments = _rebuilt(example, update, *others)
-        loss, minibatch = functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments)
+        arguments = _rebuilt(example, update, own_rows, [*parts])
+        return *functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments), inputs, arguments[-1]
+
+    def whole(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+        loss, minibatch, inputs, _ = evaluated(*tensors)
         terms = [term for term in minibatch.terms if term is not None]
         logged = (*terms, minibatch.advantages, minibatch.value_loss, minibatch.entropy_loss)
         gradients = th.autograd.grad(loss, inputs)
@@ -279,10 +302,17 @@ def _traced(
         pairs = zip(gradients, inputs, strict=True)
         return (*(g if g.stride() == p.stride() else th.empty_like(p).copy_(g) for g, p in pairs), *logged)
 
+    def of_given(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
+        return tuple(evaluated(*tensors)[-1].coefficient.given.values())
+
     with _TRACING, unvalidated_distributions(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         tensors = (*leaves, *rows, *constants)
-        return th.jit.trace(_Tupled(simplified(make_fx(flat)(*tensors), *tensors)), tensors, check_trace=False)
+        return _script(whole, *tensors, *answer), _script(of_given, *tensors) if answer else None
+
+
+def _script(function: Callable[..., Any], *tensors: th.Tensor) -> Callable[..., Any]:
+    return th.jit.trace(_Tupled(simplified(make_fx(function)(*tensors), *tensors)), tensors, check_trace=False)
 
 
 class _Tupled(nn.Module):
@@ -296,9 +326,9 @@ class _Tupled(nn.Module):
         return tuple(self.module(*args))
 
 
-def _same(ours: tuple[Sequence[th.Tensor], Minibatch], theirs: tuple[Sequence[th.Tensor], Minibatch]) -> bool:
-    """Whether gradients and what is logged have the same bits, but for those of NaN."""
-    left, right = ([*gradients, *minibatch.terms, *minibatch[1:5]] for gradients, minibatch in (ours, theirs))
+def _same(ours: tuple[Any, Minibatch, dict[str, Any]], theirs: tuple[Any, Minibatch, dict[str, Any]]) -> bool:
+    """Whether gradients, what is logged, and what the coefficient was given have the same bits, but for those of NaN."""
+    left, right = ([*found, *minibatch.terms, *minibatch[1:5], *given.values()] for found, minibatch, given in (ours, theirs))
     return all(
         a is b is None or (a is not None and b is not None and bool(((a == b) | (a.isnan() & b.isnan())).all()))
         for a, b in zip(left, right, strict=True)
