@@ -14,7 +14,7 @@ from torch import nn
 
 from sb3_klip import IdentityCheckCallback, KLipPPO
 from sb3_klip.coefficients import available, make
-from sb3_klip.fast import graph
+from sb3_klip.fast import graph, pure
 
 SMALL: dict[str, Any] = {"n_steps": 64, "batch_size": 40, "n_epochs": 2, "seed": 0, "device": "cpu", "clip_range": 0.05}
 STEPS = 192
@@ -272,13 +272,13 @@ def test_a_bit_that_differs_is_found_before_a_step_is_taken(update: int, monkeyp
 
 
 def test_a_schedule_that_was_baked_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    rebuilt = graph._rebuilt
+    rebuilt = pure._rebuilt
 
     def baked(example: Any, update: Any, *tensors: Any) -> Any:
         data, indices, _ = rebuilt(example, update, *tensors)
         return data, indices, update
 
-    monkeypatch.setattr(graph, "_rebuilt", baked)
+    monkeypatch.setattr(pure, "_rebuilt", baked)
     schedule = {"clip_range": lambda progress: 0.1 * progress}
     learner = model(**schedule)
     with pytest.warns(UserWarning, match="does not give the bits"):

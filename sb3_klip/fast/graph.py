@@ -14,7 +14,6 @@ eager loss is used.
 ``torch.jit.trace`` is deprecated. What makes a graph is :func:`_traced`, and nothing else knows how.
 """
 
-import copy
 import functools
 import threading
 import warnings
@@ -26,16 +25,15 @@ import torch as th
 from sb3_contrib.common.maskable import policies as maskable_policies
 from stable_baselines3.common import policies, torch_layers
 from torch import nn
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering, example_answer
 from sb3_klip.fast.observers import hooks_of, reason_in_torch
+from sb3_klip.fast.pure import constants_of, logged, pure_loss, rows_of
 from sb3_klip.fast.script import unoptimized_script
 from sb3_klip.fast.simplify import simplified
 from sb3_klip.fast.validation import unvalidated_distributions
-from sb3_klip.surrogate import PerSampleKL
 
 #: Modules that do the same at each call; others may look at data, have a state, or draw random numbers. Convolutions are left
 #: out: TorchScript has no word for an argument of their backward pass, and arithmetic is what takes their time.
@@ -127,7 +125,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
-    coefficient, constants = update.coefficient, _constants(update)
+    coefficient, constants = update.coefficient, constants_of(update)
     in_graph = repr(coefficient) if coefficient.is_constant else (coefficient.requests, coefficient.estimator)
     numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, in_graph, update.replayed is None)
     structure = (*map(id, model.policy.modules()), *map(id, parameters))
@@ -140,7 +138,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
         size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
         if size not in ready:
-            rows = _rows(rollout_data, indices if needs_indices else None)
+            rows = rows_of(rollout_data, indices if needs_indices else None)
             key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
             graphs.uses[key] = graphs.uses.get(key, 0) + 1
             if graphs.given_up or graphs.uses[key] <= WARM_UP:
@@ -148,7 +146,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
             if (run := make_ready(key, rows, rollout_data, indices)) is None:
                 return model._loss(rollout_data, indices, update)
             ready[size] = run
-        return ready[size](_rows(rollout_data, indices if needs_indices else None))
+        return ready[size](rows_of(rollout_data, indices if needs_indices else None))
 
     def make_ready(key: Any, rows: Any, rollout_data: Any, indices: Any) -> Callable[..., Any] | None:
         """A graph that has just given the bits of the eager loss; None, and no more graphs, if there is none."""
@@ -165,7 +163,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
         # The policy is still that of the rollout, so that no ratio is near a bound; moved, some are, on each side.
         moved = _moved(rollout_data)
-        moved_rows = _rows(moved, indices if needs_indices else None)
+        moved_rows = rows_of(moved, indices if needs_indices else None)
         asked = (
             coefficient if coefficient.is_constant else Answering(coefficient, example_answer(coefficient, moved.advantages))
         )
@@ -196,10 +194,7 @@ def _run(
         answer = coefficient(ratio, advantages, clip_range, **dict(zip(requests, quantities, strict=True)))
         tensors = (*tensors, *(tensor for tensor in answer if tensor is not None))
     outputs = _call(whole, tensors)
-    loss, log_ratio, ratio, removal, *penalty, advantages, value_loss, entropy_loss = outputs[len(parameters) :]
-    weight, estimate = penalty or (None, None)
-    terms = PerSampleKL(loss, log_ratio, ratio, removal, weight, estimate)
-    return outputs[: len(parameters)], Minibatch(terms, advantages, None, value_loss, entropy_loss)
+    return outputs[: len(parameters)], logged(outputs[len(parameters) :])
 
 
 @th.no_grad()
@@ -215,100 +210,22 @@ def _moved(rollout_data: Any) -> Any:
     return rollout_data._replace(old_log_prob=log_prob, old_values=values)
 
 
-def _rows(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
-    """The tensors of a minibatch, in a fixed order."""
-    rows: list[th.Tensor] = []
-    for value in rollout_data:
-        rows.extend(value.values() if isinstance(value, dict) else (value,))
-    return rows if indices is None else [*rows, indices]
-
-
-def _constants(update: Any) -> list[th.Tensor]:
-    """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
-    numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
-    snapshot = () if update.snapshot is None else update.snapshot.parameters
-    columns = [each for each in (update.positions, update.ratio_bounds, update.ages) if each is not None]
-    return [*numbers, *snapshot, *columns, *(update.replayed or ())]
-
-
-def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
-    """The arguments of ``_loss``, of what :func:`_rows` and :func:`_constants` have made of them."""
-    row, constant = iter(rows), iter(constants)
-    values = [{key: next(row) for key in value} if isinstance(value, dict) else next(row) for value in example]
-    update = update._replace(clip_range=next(constant))
-    if update.clip_range_vf is not None:
-        update = update._replace(clip_range_vf=next(constant))
-    if update.snapshot is not None:
-        snapshot = copy.copy(update.snapshot)
-        snapshot.parameters = tuple(next(constant) for _ in snapshot.parameters)
-        update = update._replace(snapshot=snapshot)
-    if update.positions is not None:
-        update = update._replace(positions=next(constant))
-    if update.ratio_bounds is not None:
-        update = update._replace(ratio_bounds=next(constant))
-    if update.ages is not None:
-        update = update._replace(ages=next(constant))
-    if update.replayed is not None:
-        update = update._replace(replayed=type(update.replayed)(*(next(constant) for _ in update.replayed)))
-    if isinstance(update.coefficient, Answering):
-        answer = tuple(constant) or update.coefficient.answer
-        update = update._replace(coefficient=Answering(update.coefficient, answer))
-    return type(example)(*values), next(row, None), update
-
-
-class _Loss(nn.Module):
-    """``_loss`` of a model as a module, of which the parameters can be replaced."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.policy = model.policy
-        self.loss = model._loss
-
-    def forward(self, *args: Any) -> Any:
-        return self.loss(*args)
-
-
 def _traced(model: Any, example: Any, update: Any, rows: list[th.Tensor], constants: list[th.Tensor]) -> Traced:
     """
     A graph of the gradients and of what is logged, for tensors of these shapes.
 
     For a coefficient that may change, the graph takes what it returned as well; and there is one of what it is given.
     """
-    # Of a copy: while it is traced, the policy has no parameters that another thread could save.
-    twin = copy.copy(model)
-    action_dist = model.policy.action_dist
-    twin.policy = copy.deepcopy(model.policy, {id(action_dist): copy.copy(action_dist)})
-    loss_module = _Loss(twin)
-    names = [name for name, _ in loss_module.named_parameters()]
-    leaves = [parameter.detach() for parameter in loss_module.parameters()]
     answer: tuple[th.Tensor, ...] = ()
     if not update.coefficient.is_constant:
         answer = example_answer(update.coefficient, example.advantages)
         update = update._replace(coefficient=Answering(update.coefficient, answer))
 
-    def evaluated(*tensors: th.Tensor) -> tuple[Any, ...]:
-        parts = iter(tensors)
-        inputs, own_rows = ([next(parts) for _ in part] for part in (leaves, rows))
-        inputs = [parameter.detach().requires_grad_() for parameter in inputs]
-        arguments = _rebuilt(example, update, own_rows, [*parts])
-        return *functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments), inputs, arguments[-1]
-
-    def whole(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
-        loss, minibatch, inputs, _ = evaluated(*tensors)
-        terms = [term for term in minibatch.terms if term is not None]
-        logged = (*terms, minibatch.advantages, minibatch.value_loss, minibatch.entropy_loss)
-        gradients = th.autograd.grad(loss, inputs)
-        # In the layout of the parameters, as backward() leaves them: norms round by it.
-        pairs = zip(gradients, inputs, strict=True)
-        return (*(g if g.stride() == p.stride() else th.empty_like(p).copy_(g) for g, p in pairs), *logged)
-
-    def of_given(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
-        return tuple(evaluated(*tensors)[-1].coefficient.given.values())
-
+    pure = pure_loss(model, example, update, rows)
     with _TRACING, unvalidated_distributions(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-        tensors = (*leaves, *rows, *constants)
-        return _script(whole, *tensors, *answer), _script(of_given, *tensors) if answer else None
+        tensors = (*pure.parameters, *rows, *constants)
+        return _script(pure.gradients, *tensors, *answer), _script(pure.given, *tensors) if answer else None
 
 
 def _script(function: Callable[..., Any], *tensors: th.Tensor) -> Callable[..., Any]:
