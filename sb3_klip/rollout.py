@@ -39,25 +39,34 @@ def rollout_copy(buffer: RolloutBuffer) -> RolloutBuffer:
     return twin
 
 
-def indexed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor | None]]:
+def indexed_minibatches(
+    buffer: RolloutBuffer, batch_size: int | None, gathered: bool = True
+) -> Iterator[tuple[Any, th.Tensor | None]]:
     """
     The buffer's own minibatches, from its own random numbers, each with the places of its samples in the flattened rollout.
 
     :param buffer: any rollout buffer
     :param batch_size: minibatch size; None for all samples at once
+    :param gathered: False for the samples of the whole rollout each time, of a buffer that :func:`has_columns`
     :return: pairs of samples and indices; None for indices if the buffer does not hand out its samples through
         ``_get_samples``, as SB3's do
     """
-    return _minibatches(buffer, batch_size) if _is_plain(buffer) else _observed_minibatches(buffer, batch_size)
+    if has_columns(buffer):
+        return _minibatches(buffer, batch_size, gathered)
+    return _observed_minibatches(buffer, batch_size)
 
 
-def _is_plain(buffer: RolloutBuffer) -> bool:
-    """Whether the samples are what SB3 makes of its arrays, in the memory where they are."""
+def has_columns(buffer: RolloutBuffer) -> bool:
+    """
+    Whether the samples are what SB3 makes of its arrays, in the memory where they are.
+
+    :param buffer: any rollout buffer
+    """
     replaced = {"get", "_get_samples", "to_torch", "swap_and_flatten"} & vars(buffer).keys()
     return type(buffer) in BUFFERS and not replaced and buffer.device.type == "cpu"
 
 
-def _minibatches(buffer: Any, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor]]:
+def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterator[tuple[Any, th.Tensor]]:
     """
     The minibatches of ``buffer.get``, drawn as it draws them.
 
@@ -78,10 +87,15 @@ def _minibatches(buffer: Any, batch_size: int | None) -> Iterator[tuple[Any, th.
         columns = [th.from_numpy(buffer.actions), *columns, masks]
     else:
         columns.insert(0, th.from_numpy(buffer.actions.astype(np.float32, copy=False)))
+    kind = BUFFERS[type(buffer)]
+    if not gathered:
+        samples = kind(observations if is_dict else observations[""], *columns)
+        yield from ((samples, indices) for indices in places.split(batch_size or size))
+        return
     for indices in places.split(batch_size or size):
         rows = [column.index_select(0, indices) for column in columns]
         seen = {key: tensor.index_select(0, indices) for key, tensor in observations.items()}
-        yield BUFFERS[type(buffer)](seen if is_dict else seen[""], *rows), indices
+        yield kind(seen if is_dict else seen[""], *rows), indices
 
 
 def _flatten(buffer: Any) -> None:

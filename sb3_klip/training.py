@@ -6,7 +6,8 @@ The update that all variants share: PPO's inner loop, with the per-sample KL sur
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -20,6 +21,7 @@ from sb3_klip.divergence import PolicySnapshot, scatter_to_mask
 from sb3_klip.fast.compiling import compiled_loss
 from sb3_klip.fast.graph import given_up, graph_loss, reason_against
 from sb3_klip.fast.optimizer import Step, optimizer_step
+from sb3_klip.fast.whole_step import can_be_one_step, whole_step
 from sb3_klip.replay import Replayed, normalized_advantages
 from sb3_klip.rollout import episode_positions, indexed_minibatches
 from sb3_klip.seam import Seam
@@ -66,7 +68,7 @@ class PerSampleKLTraining(Seam):
     _episode_steps: Sequence[int] = ()
     #: β of each sample in the last epoch of the last update, shape (n_steps * n_envs,).
     update_beta: th.Tensor | None = None
-    #: How minibatches are computed: "traced", "compiled", or "eager, as …" with the reason why not faster.
+    #: How minibatches are computed: "traced", "compiled" (or of it, "the loss alone"), or "eager, as …" with the reason.
     update_path: str = ""
     # Of the PPO that this is mixed into; schedules once the model is set up.
     n_epochs: int
@@ -86,14 +88,12 @@ class PerSampleKLTraining(Seam):
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
         state = self.policy.state_dict()
         before = {key: value.clone() if th.is_tensor(value) else copy.deepcopy(value) for key, value in state.items()}
-        parameters, fused = list(self.policy.parameters()), bool(self.compile)
-        compute = self._compute(update)
         cause = None
         try:
-            with optimizer_step(self.policy.optimizer, parameters, self.max_grad_norm, fused) as step:
+            with self._computation(update) as (compute, step, gathered):
                 for epoch in range(self.n_epochs):
                     log.begin_epoch()
-                    finished = self._train_epoch(epoch, update, log, compute, step)
+                    finished = self._train_epoch(epoch, update, log, compute, step, gathered)
                     if not log.is_finite():
                         break
                     log.end_epoch()
@@ -147,14 +147,27 @@ class PerSampleKLTraining(Seam):
             )
         return self.beta
 
-    def _compute(self, update: Update) -> Callable[..., tuple[Any, Minibatch]]:
-        """What computes a minibatch of this update: :meth:`_loss`, or the same in less time."""
-        if self.compile:
+    @contextmanager
+    def _computation(self, update: Update) -> Iterator[tuple[Callable[..., tuple[Any, Minibatch]], Step, bool]]:
+        """
+        What computes a minibatch of this update (:meth:`_loss`, or the same in less time), what steps on its loss, and whether
+        it is given the samples of the minibatch, or those of the whole rollout.
+        """
+        if self.compile and can_be_one_step(self, update.coefficient):
             self.update_path = "compiled"
-            return compiled_loss(self)
-        reason = reason_against(self)
-        self._tell_path(reason)
-        return self._loss if reason else graph_loss(self, update)
+            with whole_step(self, update) as compute:
+                yield compute, lambda norm: norm, False
+            return
+        if self.compile:
+            self.update_path = "compiled, the loss alone"
+            compute = compiled_loss(self)
+        else:
+            reason = reason_against(self)
+            self._tell_path(reason)
+            compute = self._loss if reason else graph_loss(self, update)
+        parameters = list(self.policy.parameters())
+        with optimizer_step(self.policy.optimizer, parameters, self.max_grad_norm, fused=bool(self.compile)) as step:
+            yield compute, step, True
 
     def _tell_path(self, reason: str) -> None:
         """Keep, and show once, how minibatches are computed."""
@@ -185,9 +198,10 @@ class PerSampleKLTraining(Seam):
         log: UpdateLog,
         compute: Callable[..., tuple[Any, Minibatch]],
         step: Step,
+        gathered: bool,
     ) -> bool:
         """One pass over the rollout; False if ``target_kl`` or the coefficient ended it."""
-        for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size):
+        for rollout_data, indices in indexed_minibatches(self.rollout_buffer, self.batch_size, gathered):
             loss, minibatch = compute(rollout_data, indices, update)
             if update.replayed is not None and minibatch.replayed is None:  # a graph returns only what it has made
                 minibatch = minibatch._replace(replayed=update.replayed.at(self._known(indices)))

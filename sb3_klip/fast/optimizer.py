@@ -35,7 +35,7 @@ def optimizer_step(
     :param fused: let Adam step in one call, and take the norm of the gradient in one, which rounds differently
     """
     has_plain_zero_grad = type(optimizer).zero_grad is th.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
-    one = _OneTensor(optimizer, parameters, fused) if _can_be_one_tensor(optimizer, parameters) else None
+    one = _OneTensor(optimizer, parameters, fused) if can_be_one_tensor(optimizer, parameters) else None
 
     def step(loss: th.Tensor | Sequence[th.Tensor]) -> th.Tensor:
         nonlocal one
@@ -112,8 +112,13 @@ def _is_large(optimizer: th.optim.Optimizer) -> bool:
     return sum(p.numel() for group in optimizer.param_groups for p in group["params"]) > _LARGE
 
 
-def _can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-    """Whether Adam may take these parameters for one tensor, with nobody noticing but the clock."""
+def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
+    """
+    Whether Adam may take these parameters for one tensor, with nobody noticing but the clock.
+
+    :param optimizer: any optimizer
+    :param parameters: those whose gradient is clipped
+    """
     if not _is_plain_adam(optimizer) or len(optimizer.param_groups) != 1:
         return False
     (group,) = optimizer.param_groups

@@ -27,7 +27,7 @@ def rows_of(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
 
 def constants_of(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
-    numbers = [th.tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
+    numbers = [th.as_tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
     columns = [each for each in (update.positions, update.ratio_bounds, update.ages) if each is not None]
     return [*numbers, *snapshot, *columns, *(update.replayed or ())]
