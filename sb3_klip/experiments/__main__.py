@@ -90,6 +90,8 @@ def _run(args: argparse.Namespace, words: str) -> int:
     missing = [cell for cell in cells if not cell.result(folder).exists()]
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
+    if missing:
+        print(f"To train: {sum(cell.timesteps for cell in missing):,} steps of {len(missing)} cells")
     again = f"python -m sb3_klip.experiments {words}"
     try:
         with FileLock(folder / ".lock", timeout=0), connect(args.scheduler, args.workers, folder) as client:
