@@ -11,7 +11,9 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
+from stable_baselines3.common.callbacks import ProgressBarCallback
 
+from sb3_klip.checkpoints.callback_state import callbacks_of
 from sb3_klip.checkpoints.mixin import Checkpoints
 from sb3_klip.coefficients import Coefficient, CoefficientLike
 from sb3_klip.coefficients.registry import make_beta
@@ -98,6 +100,16 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         coefficient = make_beta(value)
         self._check_coefficient(coefficient)
         self._beta, self.beta_kwargs = coefficient, None
+
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the base class does; an error or Ctrl-C closes the progress bar, which Python could not do as it ends."""
+        try:
+            return super().learn(*args, **kwargs)
+        except BaseException:
+            for callback in [] if self._callback is None else callbacks_of(self._callback):
+                if isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                    callback.pbar.close()
+            raise
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self._known_coefficient()

@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from helpers import FAST, assert_identical, cartpole, pendulum, train
 from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
@@ -168,3 +169,16 @@ def test_a_coefficient_that_does_not_fit_is_not_set(kwargs, value, error, messag
     with pytest.raises(error, match=message):
         model.beta = value
     assert repr(model.beta) == "step()"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_whatever_ends_training_closes_the_progress_bar(error):
+    """An open one fails with an ImportError when Python shuts down."""
+
+    def fail(local, world):
+        raise error
+
+    bar = ProgressBarCallback()
+    with pytest.raises(error):
+        KLipPPO("MlpPolicy", cartpole(), **FAST).learn(64, callback=[bar, ConvertCallback(fail)])
+    assert not bar.pbar._prog.live.is_started

@@ -8,13 +8,13 @@ import zipfile
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 
 from sb3_klip.checkpoints.arguments import LoadArguments
-from sb3_klip.checkpoints.callback_state import callbacks_of, continue_callbacks, fingerprints
+from sb3_klip.checkpoints.callback_state import continue_callbacks, fingerprints
 from sb3_klip.checkpoints.file import FORMAT, RESUME, Checkpoint
 from sb3_klip.checkpoints.parameters import check_parameters, plain_names
 from sb3_klip.checkpoints.resuming import Boundary, read_state, restore_state
@@ -92,16 +92,6 @@ class Checkpoints(OnPolicyAlgorithm):
         if self.num_timesteps >= self._total_timesteps:
             for function in self._at_boundaries:
                 function()
-
-    def learn(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as the base class does; an error or Ctrl-C closes the progress bar, which Python could not do as it ends."""
-        try:
-            return super().learn(*args, **kwargs)
-        except BaseException:
-            for callback in callbacks_of(self._callback) if self._callback is not None else ():
-                if isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
-                    callback.pbar.close()
-            raise
 
     def _setup_learn(
         self,
