@@ -78,7 +78,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         if not isinstance(n_epochs, SupportsIndex) or index(n_epochs) < 1:
             raise ValueError(f"n_epochs={n_epochs!r} must be a whole number, at least 1")
         if str(device).startswith("cuda") and not th.cuda.is_available():  # SB3 says so with verbose=1 only
-            warnings.warn(f"device={str(device)!r} is not there: torch finds no GPU, so the model is on the CPU", stacklevel=3)
+            warnings.warn(f"device={str(device)!r}: torch finds no GPU, so the model is on the CPU", stacklevel=3)
         check_compile(compile)
         self.compile = compile
         weights_by_age(reuse)

@@ -43,13 +43,13 @@ def set_generators(state: dict[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
     others = {name: importlib.metadata.version(name) for name in PACKAGES[1:]}
-    # Of this one, the code's own: a clone that was installed once is told about by the metadata of that day.
-    return {"python": platform.python_version(), PACKAGES[0]: __version__, **others}
+    # Of this one, the code's own: the metadata of a clone are those of the day on which it was installed.
+    return {"python": platform.python_version(), "sb3-klip": __version__, **others}
 
 
 def deciding_versions() -> dict[str, str]:
     """What must be the same where numbers are to be: not Python, and of this package what its trainings give."""
-    return {**{name: versions()[name] for name in PACKAGES}, PACKAGES[0]: SAME_NUMBERS_SINCE}
+    return {**{name: versions()[name] for name in PACKAGES}, "sb3-klip": SAME_NUMBERS_SINCE}
 
 
 def about_this_installation() -> str:

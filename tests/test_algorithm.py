@@ -40,7 +40,7 @@ def test_constructor_refuses(kwargs, error, message):
         ({"clip_range": -0.2}, "clip_range=-0.2 is negative, so the least ratio .* 1.2, is above the greatest, 0.8"),
         pytest.param(
             {"device": "cuda:0"},
-            "device='cuda:0' is not there: torch finds no GPU",
+            "device='cuda:0': torch finds no GPU",
             marks=pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU"),
         ),
     ],

@@ -95,10 +95,10 @@ BAD = [
     ("trust_region_guided", {"delta": 0}, ValueError, "delta=0"),
     (":step", {}, ValueError, "':step' is not a coefficient"),
     ("SAPO", {}, ValueError, "Did you mean 'sapo'.*soft_adaptive \\(sapo\\)"),
-    (3, {}, TypeError, "beta must be the name of a coefficient.*not 3. .* is beta='fixed' with beta_kwargs={'value': 3}"),
+    (3, {}, TypeError, "beta must be the name of a coefficient.*not 3. .* give beta='fixed' and beta_kwargs={'value': 3}"),
     (None, {}, TypeError, "not None. .*beta='none'"),
     (True, {}, TypeError, "not True.$"),
-    ("position", {"base": "position"}, ValueError, "base='position' of 'position' is scaled by the position already"),
+    ("position", {"base": "position"}, ValueError, "base='position' is itself scaled by the position"),
 ]
 
 

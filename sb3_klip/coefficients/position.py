@@ -119,6 +119,6 @@ def position(
     factor = Coefficient(ramp_over_episode, "position", {"start": start, "end": end, "horizon": horizon})
     scaled = make(base, **(base_kwargs or {}))
     if isinstance(scaled, Product):
-        raise ValueError(f"base={base!r} of 'position' is scaled by the position already: give the coefficient that it scales")
+        raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}
     return Product(scaled, factor, "position", parameters)

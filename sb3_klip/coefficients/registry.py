@@ -146,11 +146,11 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
 
 
 def _hint(value: object) -> str:
-    """A sentence that says which coefficient a value may stand for that is none."""
+    """A sentence that says which coefficient may be meant by a value that is none."""
     if value is None:
-        return " Without a clip, and without a penalty, it is beta='none'."
+        return " For no clip and no penalty, give beta='none'."
     if isinstance(value, Real) and not isinstance(value, bool):
-        return f" A constant weight on the KL divergence is beta='fixed' with beta_kwargs={{'value': {value}}}."
+        return f" For a constant weight on the KL divergence, give beta='fixed' and beta_kwargs={{'value': {value}}}."
     return ""
 
 

@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers={args.workers} must be at least 1")
     if args.workers is not None and args.scheduler is not None:
-        raise ValueError("--workers starts workers here, and --scheduler uses others': give one of them")
+        raise ValueError("--workers starts workers here, and --scheduler uses those of a cluster: give one of the two")
     suite = read_suite(args.suite)
     cells = select(suite, args.tasks, args.methods, args.seeds)
     folder = (args.folder or Path("logs/experiments", suite.name)).absolute()
