@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 # Test processes run side by side, and bit-for-bit comparisons need one thread count.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: help train test test-slow test-versions lint format type tables docs experiments report timings clean
+.PHONY: help train test test-slow test-versions lint format type tables docs experiments report timings release-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ timings: $(INSTALLED) ## print how long updates, whole trainings and imports tak
 	$(BIN)/python timings/train.py --compile
 	$(BIN)/python timings/end_to_end.py
 	$(BIN)/python timings/imports.py
+
+release-check: $(INSTALLED) ## build the wheel and the sdist into dist, and try both in fresh environments
+	$(BIN)/nox -s release "installed(kind='wheel')" "installed(kind='sdist')"
 
 clean: ## remove what make has made
 	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

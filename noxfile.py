@@ -8,6 +8,7 @@ names another: ``TORCH="torch==2.9.1" nox -s lowest``.
 
 import configparser
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ ROOT = Path(__file__).parent
 #: releases has to be compiled.
 IDENTITY = ("identity", "drop_in", "variants", "rl_zoo", "zoo_registration", "hook")
 NEEDED = ("-e", ".[tests,plots]", "stable-baselines3[extra]")
+
+#: Where `nox -s release` puts the wheel and the sdist.
+DIST = ROOT / "dist"
+#: What must run where only one of them is installed, in an empty folder. Put the notebook of the tour here, once there is one:
+#: ("jupyter", "execute", str(ROOT / "examples" / "tour.ipynb")), with what it needs in the session's install below.
+TOUR = ("python", str(ROOT / "examples" / "drop_in.py"))
 
 nox.options.sessions = ["lowest", "newest"]
 
@@ -80,3 +87,28 @@ def newest(session: nox.Session) -> None:
     """The identity with the newest releases that setup.cfg allows."""
     session.install("--upgrade", "--upgrade-strategy", "eager", torch(), *NEEDED)
     pytest(session, *(f"tests/test_{name}.py" for name in IDENTITY))
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """The sdist and, from it, the wheel, as they would be uploaded."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", str(DIST))
+    session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))
+
+
+@nox.session
+@nox.parametrize("kind", ["wheel", "sdist"])
+def installed(session: nox.Session, kind: str) -> None:
+    """What a user has of the wheel or the sdist that `release` has built, in an environment and a folder of its own."""
+    (file,) = DIST.glob({"wheel": "*.whl", "sdist": "*.tar.gz"}[kind])
+    session.install("-c", "constraints.txt", torch())
+    session.install("-c", "constraints.txt", f"sb3-klip @ {file.as_uri()}")
+    session.chdir(session.create_tmp())
+    session.run("python", "-m", "sb3_klip.zoo", "versions")
+    session.run(*TOUR)
+    session.run(
+        "python", "-m", "rl_zoo3.train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-n", "2000", "--eval-freq", "-1"
+    )
+    session.run("python", "-m", "sb3_klip.verify", "--env", "CartPole-v1", "-n", "4000")

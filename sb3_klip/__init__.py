@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sb3_klip.klip_ppo import KLipPPO as KLipPPO
     from sb3_klip.klip_recurrent_ppo import KLipRecurrentPPO as KLipRecurrentPPO
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Name and module of each class and function.
 _NAMES = {

@@ -2,14 +2,18 @@
 
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
+from stable_baselines3.common.callbacks import ProgressBarCallback
 
+from sb3_klip.checkpoints.callback_state import callbacks_of
 from sb3_klip.checkpoints.mixin import Checkpoints
 from sb3_klip.coefficients import Coefficient, CoefficientLike
 from sb3_klip.coefficients.registry import make_beta
@@ -43,6 +47,8 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self,
         policy: str | type,
         policy_base: type,
+        n_epochs: int,
+        device: th.device | str,
         beta: str | CoefficientLike,
         beta_kwargs: dict[str, Any] | None,
         log_kl: bool,
@@ -50,10 +56,13 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         reuse: int | Sequence[float] = 1,
     ) -> None:
         """
-        Check and keep the arguments that the base class does not have, before anything is built, so that a typo costs nothing.
+        Check the arguments, and keep those that the base class does not have, before anything is built, so that a typo costs
+        nothing.
 
         :param policy: as given to the constructor
         :param policy_base: class that the algorithm's policies derive from
+        :param n_epochs: number of passes over the rollout, without which the base class fails after its first rollout
+        :param device: as given to the constructor
         :param beta: the coefficient
         :param beta_kwargs: its parameters
         :param log_kl: whether to log the KL divergence
@@ -63,7 +72,13 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         :raises TypeError: if one of them is of a wrong type
         """
         self._beta, self.beta_kwargs = make_beta(beta, beta_kwargs), beta_kwargs
+        if not isinstance(log_kl, bool):
+            raise TypeError(f"log_kl={log_kl!r} must be True or False")
         self.log_kl = log_kl
+        if not isinstance(n_epochs, SupportsIndex) or index(n_epochs) < 1:
+            raise ValueError(f"n_epochs={n_epochs!r} must be a whole number, at least 1")
+        if str(device).startswith("cuda") and not th.cuda.is_available():  # SB3 says so with verbose=1 only
+            warnings.warn(f"device={str(device)!r}: torch finds no GPU, so the model is on the CPU", stacklevel=3)
         check_compile(compile)
         self.compile = compile
         weights_by_age(reuse)
@@ -86,6 +101,16 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self._check_coefficient(coefficient)
         self._beta, self.beta_kwargs = coefficient, None
 
+    def learn(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the base class does; an error or Ctrl-C closes the progress bar, which Python could not do as it ends."""
+        try:
+            return super().learn(*args, **kwargs)
+        except BaseException:
+            for callback in [] if self._callback is None else callbacks_of(self._callback):
+                if isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
+                    callback.pbar.close()
+            raise
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self._known_coefficient()
         return super()._setup_learn(*args, **kwargs)
@@ -93,6 +118,12 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
     def _setup_model(self) -> None:
         if isinstance(self._beta, Coefficient):
             self._check_action_space(self._beta)
+        if isinstance(self.clip_range, Real) and self.clip_range < 0:  # PPO trains with it
+            warnings.warn(
+                f"clip_range={self.clip_range} is negative, so the least ratio that it allows, {1 - self.clip_range:g}, is "
+                f"above the greatest, {1 + self.clip_range:g}",
+                stacklevel=4,
+            )
         super()._setup_model()
         self._check_reuse()
         # A file has the coefficient as a name and parameters, and SB3 puts them where it puts all attributes.

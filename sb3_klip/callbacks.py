@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
-from stable_baselines3.common.logger import CSVOutputFormat
+from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, JSONOutputFormat
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.checkpoints.resuming import EnvState
-from sb3_klip.files import write_atomically
+from sb3_klip.files import naming, write_atomically
 from sb3_klip.reproducibility import read_generators, set_generators
 from sb3_klip.verify.bits import Difference, GradientRecorder, compare_gradients, largest_difference, state_tensors
+
+
+class _CSVOutput(CSVOutputFormat):
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        with naming(self.file.name):
+            super().write(*args, **kwargs)
 
 
 class CSVLogCallback(BaseCallback):
@@ -41,7 +47,7 @@ class CSVLogCallback(BaseCallback):
         self._on_training_end()  # an earlier training may have ended with an exception
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier_rows()
-        self._csv = CSVOutputFormat(str(self.path))
+        self._csv = _CSVOutput(str(self.path))
         if earlier:
             writer = csv.DictWriter(self._csv.file, list(earlier[0]), lineterminator="\n")
             writer.writeheader()
@@ -73,16 +79,25 @@ class CSVLogCallback(BaseCallback):
 class BetaHistogramCallback(BaseCallback):
     """
     Log β of all samples of each update as a histogram, ``train/beta``, which TensorBoard shows (and Weights & Biases, when it
-    follows TensorBoard, as with RL Zoo's ``--track``).
+    follows TensorBoard, as with RL Zoo's ``--track``). A training without TensorBoard shows it nowhere, and warns.
 
     :param verbose: Verbosity level, as for other callbacks
     :raises ValueError: at the start of training, if the algorithm is none of this package's
     """
 
+    #: What writes text, in which there is no place for a histogram.
+    TEXT = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat)
+
     def _on_training_start(self) -> None:
         if not isinstance(self.model, KLipAlgorithm):
             name = type(self.model).__name__
             raise ValueError(f"BetaHistogramCallback shows the coefficient of this package's algorithms, and {name} has none")
+        if all(isinstance(output, self.TEXT) for output in self.logger.output_formats):
+            warnings.warn(
+                "BetaHistogramCallback has nowhere to show its histograms: train with TensorBoard, by tensorboard_log=… or RL "
+                "Zoo's --tensorboard-log",
+                stacklevel=2,
+            )
 
     def _on_step(self) -> bool:
         return True

@@ -10,10 +10,11 @@ class ArchitectureError(ValueError, RuntimeError):
 
 def did_you_mean(given: object, valid: Iterable[object]) -> str:
     """
-    A sentence that names the nearest valid name, or nothing if none is near.
+    A sentence that names the nearest valid name, whatever its case, or nothing if none is near.
 
     :param given: what the user wrote
     :param valid: the valid names
     """
-    nearest = difflib.get_close_matches(str(given), [str(name) for name in valid], n=1, cutoff=0.5)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    by_lower_case = {str(name).lower(): str(name) for name in valid}
+    nearest = difflib.get_close_matches(str(given).lower(), by_lower_case, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""

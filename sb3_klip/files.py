@@ -4,6 +4,22 @@ import contextlib
 import os
 import pathlib
 import time
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def naming(path: str | pathlib.Path) -> Iterator[None]:
+    """
+    Errors of writing that name the file, which the system does not do where the disk is full.
+
+    :param path: the file that is written
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -18,7 +34,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     # In the same folder: a rename from another file system would be a copy.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

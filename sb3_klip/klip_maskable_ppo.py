@@ -68,7 +68,7 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
         log_kl: bool = False,
         reuse: int | Sequence[float] = 1,
     ):
-        self._take_arguments(policy, MaskableActorCriticPolicy, beta, beta_kwargs, log_kl, reuse=reuse)
+        self._take_arguments(policy, MaskableActorCriticPolicy, n_epochs, device, beta, beta_kwargs, log_kl, reuse=reuse)
         super().__init__(
             policy,
             env,

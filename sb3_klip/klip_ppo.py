@@ -101,7 +101,7 @@ class KLipPPO(KLipAlgorithm, PPO):
         compile: bool | dict[str, Any] = False,
         reuse: int | Sequence[float] = 1,
     ):
-        self._take_arguments(policy, BasePolicy, beta, beta_kwargs, log_kl, compile, reuse)
+        self._take_arguments(policy, BasePolicy, n_epochs, device, beta, beta_kwargs, log_kl, compile, reuse)
         super().__init__(
             policy,
             env,

@@ -64,7 +64,7 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
         log_kl: bool = False,
         reuse: int = 1,
     ):
-        self._take_arguments(policy, RecurrentActorCriticPolicy, beta, beta_kwargs, log_kl, reuse=reuse)
+        self._take_arguments(policy, RecurrentActorCriticPolicy, n_epochs, device, beta, beta_kwargs, log_kl, reuse=reuse)
         super().__init__(
             policy,
             env,

@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_klip import __version__
+
+#: The version of this package since which every training gives the same numbers.
+SAME_NUMBERS_SINCE = "0.1.0"
 #: Packages whose versions decide the numbers.
 PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
 
@@ -38,7 +42,27 @@ def set_generators(state: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    others = {name: importlib.metadata.version(name) for name in PACKAGES[1:]}
+    # Of this one, the code's own: the metadata of a clone are those of the day on which it was installed.
+    return {"python": platform.python_version(), "sb3-klip": __version__, **others}
+
+
+def deciding_versions() -> dict[str, str]:
+    """What must be the same where numbers are to be: not Python, and of this package what its trainings give."""
+    return {**{name: versions()[name] for name in PACKAGES}, "sb3-klip": SAME_NUMBERS_SINCE}
+
+
+def about_this_installation() -> str:
+    """Versions and machine, for a report of a bug: one line each."""
+    threads, gpu = th.get_num_threads(), th.cuda.get_device_name() if th.cuda.is_available() else "none"
+    lines = {
+        **versions(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "kernels of torch": f"{th.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads != 1)}",
+        "GPU": gpu,
+    }
+    return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
 def processor() -> str:

@@ -66,6 +66,45 @@ def has_columns(buffer: RolloutBuffer) -> bool:
     return type(buffer) in BUFFERS and not replaced and buffer.device.type == "cpu"
 
 
+def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
+    """
+    What makes advantages NaN or infinite, at which step, and in which environment.
+
+    :param buffer: any rollout buffer, from which no samples have been drawn yet; of several rollouts, the newest first
+    :param n_steps: number of steps of a rollout
+    :param last_obs: observations after the last step of the newest
+    :return: the first cause, in the order of steps; None if all advantages are finite
+    """
+    advantages, rewards, values = (np.asarray(array) for array in (buffer.advantages, buffer.rewards, buffer.values))
+    if np.isfinite(advantages).all():
+        return None
+    if not advantages.shape == rewards.shape == values.shape:  # samples have been drawn
+        return "an advantage is NaN or infinite"
+
+    def place(step: int, env: int) -> str:
+        return f"at step {step % n_steps + 1} of the rollout's {n_steps}, in environment {env}"
+
+    for step, env in np.argwhere(~(np.isfinite(rewards) & np.isfinite(values))):
+        if not np.isfinite(values[step, env]):
+            return f"{_valued(buffer.observations, (step, env))} {values[step, env]}, {place(step, env)}"
+        # Where a time limit ends an episode, SB3 adds the value of its last observation.
+        ends = step + 1 < len(rewards) and buffer.episode_starts[step + 1, env]
+        what = "the reward, or the value of the observation that ended the episode," if ends else "the reward"
+        return f"{what} is {rewards[step, env]}, {place(step, env)}"
+    step, env = np.argwhere(~np.isfinite(advantages))[-1]
+    if step % n_steps == n_steps - 1:
+        return f"{_valued(last_obs, (env,))} {advantages[step, env]}, after the last step of the rollout, in environment {env}"
+    return f"rewards are too large: their sum is {advantages[step, env]}, {place(step, env)}"
+
+
+def _valued(observations: Any, place: tuple[int, ...]) -> str:
+    """What to say is not finite where the value of this observation is not."""
+    seen = observations.values() if isinstance(observations, dict) else [observations]
+    if any(np.isnan(np.asarray(array[place], dtype=float)).any() for array in seen):
+        return "the observation has an element that is NaN, so its value is"
+    return "the value of the observation is"
+
+
 def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterator[tuple[Any, th.Tensor]]:
     """
     The minibatches of ``buffer.get``, drawn as it draws them.

@@ -23,7 +23,7 @@ from sb3_klip.fast.graph import given_up, graph_loss, reason_against
 from sb3_klip.fast.optimizer import Step, optimizer_step
 from sb3_klip.fast.whole_step import can_be_one_step, whole_step
 from sb3_klip.replay import Replayed, normalized_advantages
-from sb3_klip.rollout import episode_positions, indexed_minibatches
+from sb3_klip.rollout import episode_positions, indexed_minibatches, non_finite
 from sb3_klip.seam import Seam
 from sb3_klip.surrogate import masked_mean, per_sample_kl
 
@@ -82,8 +82,14 @@ class PerSampleKLTraining(Seam):
         """
         Update the policy on the current rollout.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        :raises ValueError: if an advantage is NaN or infinite, before the update; or if a gradient is, and the policy is then
+            set back to where the update began
         """
+        if (problem := non_finite(self.rollout_buffer, self.n_steps, self._last_obs)) is not None:
+            raise ValueError(
+                f"{type(self).__name__} stopped at {self.num_timesteps} steps, before an update: {problem}. No gradient can "
+                "be computed from it. The policy is as it was before this rollout."
+            )
         update = self._begin_update()
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
         state = self.policy.state_dict()

@@ -110,7 +110,7 @@ def default_delta(family: str, clip_range: float, dimensions: int) -> float:
         return dimensions / 2 * ((1 + clip_range) ** (2 / dimensions) - 1) - math.log1p(clip_range)
     gain = (1 + clip_range) ** (1 / dimensions) - 1
     if gain >= 1:
-        raise ValueError(f"clip_range={clip_range:g} must be less than {2**dimensions - 1}, or delta be given")
+        raise ValueError(f"clip_range={clip_range:g} must be less than {2**dimensions - 1}, unless delta is given")
     return -dimensions / 2 * math.log1p(-(gain**2))
 
 

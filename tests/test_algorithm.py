@@ -3,7 +3,10 @@
 import re
 
 import pytest
-from helpers import FAST, cartpole, pendulum, train
+import torch as th
+from helpers import FAST, assert_identical, cartpole, pendulum, train
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
@@ -19,6 +22,9 @@ from sb3_klip.coefficients import make
         ({"beta_kwargs": {"width": 1}}, TypeError, "'step' has no parameter 'width'"),
         ({"beta_kwargs": "width"}, TypeError, "beta_kwargs must be a dict"),
         ({"beta": None}, TypeError, "beta must be the name"),
+        ({"log_kl": "False"}, TypeError, "log_kl='False' must be True or False"),
+        ({"n_epochs": 0}, ValueError, "n_epochs=0 must be a whole number, at least 1"),
+        ({"n_epochs": 2.5}, ValueError, "n_epochs=2.5 must"),
         ({"beta": "quadratic", "clip_range": 0.0}, ValueError, "clip_range=0 must be positive"),
         ({"beta": "quadratic", "clip_range": lambda progress: -progress}, ValueError, "clip_range=-1 must be positive"),
     ],
@@ -26,6 +32,23 @@ from sb3_klip.coefficients import make
 def test_constructor_refuses(kwargs, error, message):
     with pytest.raises(error, match=message):
         KLipPPO("MlpPolicy", cartpole(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"clip_range": -0.2}, "clip_range=-0.2 is negative, so the least ratio .* 1.2, is above the greatest, 0.8"),
+        pytest.param(
+            {"device": "cuda:0"},
+            "device='cuda:0': torch finds no GPU",
+            marks=pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_ppo_trains_with_is_no_error(kwargs, message):
+    with pytest.warns(UserWarning, match=message):
+        model = KLipPPO("MlpPolicy", cartpole(), **FAST, seed=0, **{"device": "cpu", **kwargs})
+    assert_identical(model.learn(64), PPO("MlpPolicy", cartpole(), **FAST, seed=0, **{"device": "cpu", **kwargs}).learn(64))
 
 
 def test_bad_coefficient_is_refused_before_the_environment_is_made():
@@ -146,3 +169,16 @@ def test_a_coefficient_that_does_not_fit_is_not_set(kwargs, value, error, messag
     with pytest.raises(error, match=message):
         model.beta = value
     assert repr(model.beta) == "step()"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_whatever_ends_training_closes_the_progress_bar(error):
+    """An open one fails with an ImportError when Python shuts down."""
+
+    def fail(local, world):
+        raise error
+
+    bar = ProgressBarCallback()
+    with pytest.raises(error):
+        KLipPPO("MlpPolicy", cartpole(), **FAST).learn(64, callback=[bar, ConvertCallback(fail)])
+    assert not bar.pbar._prog.live.is_started

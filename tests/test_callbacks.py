@@ -18,6 +18,7 @@ from helpers import (
     assert_identical,
     assert_same_generators,
     cartpole,
+    collected,
     nothing,
     pendulum,
     sabotage,
@@ -409,6 +410,23 @@ def test_moments_that_differ_are_found(monkeypatch):
     check, model = IdentityCheckCallback(), make("box", batch_size=128, n_epochs=1)
     with pytest.warns(UserWarning, match=r"is not PPO's: optimizer\.\d+\.exp_avg_sq differs by"):
         model.learn(128, callback=check)
+
+
+@pytest.mark.parametrize(("log", "is_told"), [(False, True), (True, False)])
+def test_histograms_that_nobody_sees(tmp_path, log, is_told):
+    model = KLipPPO("MlpPolicy", "CartPole-v1", **TINY_MODEL, tensorboard_log=str(tmp_path) if log else None)
+    with collected() as messages:
+        model.learn(32, callback=[CSVLogCallback(tmp_path / "progress.csv"), BetaHistogramCallback()])
+    assert any("nowhere to show its histograms" in message for message in messages) == is_told
+
+
+def test_a_full_disk_names_the_log(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CSVOutputFormat, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*progress\.csv'"):
+        PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL).learn(64, callback=CSVLogCallback(tmp_path / "progress.csv"))
 
 
 @pytest.mark.parametrize("callback", [IdentityCheckCallback, BetaHistogramCallback])

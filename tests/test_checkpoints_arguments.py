@@ -1,6 +1,7 @@
 """What a model is loaded with: the file's, what the caller gives, and what was lost."""
 
 import json
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -35,6 +36,20 @@ def test_other_parameters_for_the_coefficient_of_the_file(algorithm: type[KLipPP
     assert repr(algorithm.load(file, beta_kwargs={"width": 0.4}).beta) == "linear_ramp(width=0.4)"
     with pytest.raises(TypeError, match="no parameter 'temperature'"):
         algorithm.load(file, beta_kwargs={"temperature": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"bta": "step"}, "KLipPPO.load has no argument 'bta'. Did you mean 'beta'?"),
+        ({"custom_objects": {"learning_rat": 0.1}}, "'learning_rat'. Did you mean 'learning_rate'?"),
+    ],
+)
+def test_a_misspelt_argument_is_refused(file: Path, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        KLipPPO.load(file, **kwargs)
+    # SB3 sets any other as an attribute.
+    assert KLipPPO.load(file, my_own_thing=3, num_timesteps=7).my_own_thing == 3
 
 
 def test_a_file_without_a_coefficient_has_the_default(file: Path, tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_own_object_with_state():
         (lambda ratio, advantages, clip_range: 0.0, TypeError, "is float, expected a tensor"),
         (lambda ratio, advantages, clip_range: (ratio, ratio), ValueError, "names no `estimator`"),
         (lambda ratio, advantages: ratio, TypeError, "must take"),
+        (lambda a, b, c: b, TypeError, r"must take \(ratio, advantages, clip_range, ...\), .* in any order, not \(a, b, c\)"),
+        (lambda ratio, advantage, clip_range: ratio, TypeError, "Did you mean 'advantages'"),
         (lambda ratio, advantages, clip_range, *rest: ratio, TypeError, "not take"),
         (lambda ratio, advantages, clip_range, positions: ratio, TypeError, "Did you mean 'position'"),
     ],
@@ -68,6 +70,15 @@ def test_own_object_with_state():
 def test_functions_that_do_not_fit_are_refused(function, error, message):
     with pytest.raises(error, match=message):
         make(function)
+
+
+def test_the_first_three_arguments_in_any_order():
+    def backwards(clip_range, advantages, ratio, /, progress, *, scale=1.0):
+        return (ratio - 1) * scale * clip_range + 0 * advantages
+
+    ratio, advantages = th.tensor([2.0, 3.0]), th.tensor([5.0, 7.0])
+    removal, _ = make(backwards, scale=3.0)(ratio, advantages, 0.5)
+    th.testing.assert_close(removal, th.tensor([1.5, 3.0]))
 
 
 def test_an_estimator_without_a_weight_is_refused():
@@ -107,3 +118,31 @@ def test_trying_out_teaches_an_object_nothing():
 
     counting = Counting()
     assert make(counting).function.calls == counting.calls == 0
+
+
+# -- how it is shown ---------------------------------------------------------------------------------------------------
+
+
+class Described:
+    """Says of itself what it is."""
+
+    def __init__(self, depth):
+        self.depth = depth
+
+    def __call__(self, ratio, advantages, clip_range, *, scale=1.0):
+        return th.full_like(ratio, scale)
+
+    def __repr__(self):
+        return f"<{self.depth} deep>"
+
+
+def test_an_object_is_shown_in_its_own_words():
+    assert repr(make(Described(3), scale=0.5)) == "<3 deep> with scale=0.5"
+    assert repr(make("position", base=Described(3))).startswith("position(base=")
+
+
+def test_what_was_learned_is_shown():
+    coefficient = make("adaptive")
+    assert repr(coefficient).endswith("estimator='analytic')")
+    coefficient.end_update(1.0)
+    assert repr(coefficient).endswith("estimator='analytic'), now value=2.0")

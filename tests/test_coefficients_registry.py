@@ -46,7 +46,7 @@ def test_parameters_of_an_alias_can_be_changed():
 
 
 BAD = [
-    ("stpe", {}, ValueError, r"'stpe'.*Did you mean 'step'.*Available: adaptive, asymmetric"),
+    ("stpe", {}, ValueError, r"'stpe'.*Did you mean 'step'.*Available: adaptive \(ppo_adaptive_kl\), asymmetric"),
     ("step", {"width": 1}, TypeError, "'step' has no parameter 'width'. It takes none"),
     ("linear_ramp", {"widht": 1}, TypeError, r"no parameter 'widht'\. Did you mean 'width'\?"),
     ("linear_ramp", {"width": -0.1}, ValueError, "width=-0.1 of 'linear_ramp' is out of range: 0 <= value"),
@@ -94,7 +94,11 @@ BAD = [
     ("gamma_weighted", {"k_neg": 0.5}, ValueError, "1 <= value"),
     ("trust_region_guided", {"delta": 0}, ValueError, "delta=0"),
     (":step", {}, ValueError, "':step' is not a coefficient"),
-    (3, {}, TypeError, "beta must be the name of a coefficient"),
+    ("SAPO", {}, ValueError, "Did you mean 'sapo'.*soft_adaptive \\(sapo\\)"),
+    (3, {}, TypeError, "beta must be the name of a coefficient.*not 3. .* give beta='fixed' and beta_kwargs={'value': 3}"),
+    (None, {}, TypeError, "not None. .*beta='none'"),
+    (True, {}, TypeError, "not True.$"),
+    ("position", {"base": "position"}, ValueError, "base='position' is itself scaled by the position"),
 ]
 
 
@@ -199,9 +203,8 @@ def test_a_class_takes_arguments_of_its_constructor():
 
 
 def test_a_class_itself_is_no_coefficient():
-    with pytest.raises(
-        TypeError, match=r"Counting is a class: give an instance, Counting\(…\), or its name, beta='.*:Counting'"
-    ):
+    message = r"Counting is a class: give an instance, Counting\(…\), or its name, beta='.*:Counting'\. An instance is called"
+    with pytest.raises(TypeError, match=message):
         make(Counting)
 
 

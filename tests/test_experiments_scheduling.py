@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from filelock import FileLock
 from helpers import eventually
 from small_suites import digests, run_suite, snapshot, trainings, write_suite
 
+from sb3_klip import progress
 from sb3_klip.experiments import cell as cell_module
 from sb3_klip.experiments import scheduling
 from sb3_klip.experiments.__main__ import main
@@ -137,6 +139,15 @@ def test_finished_cells_are_never_run_again(fake, capsys):
     assert fake.run("--methods", "step", "--seeds", "0", "5") == 0
     assert fake.started[4:] == ["CartPole-v1/step/seed-5"]
     assert before.items() <= snapshot(fake.folder, "runs/**/*", "results/**/*").items()
+
+
+def test_what_it_will_take_and_how_far_it_has_come(fake, capsys, monkeypatch):
+    """In a pipe, as here; a terminal shows a bar."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    assert fake.run() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"To train: \d+ steps of 4 cells", lines[1].replace(",", ""))
+    assert "100%: 4 done, 0 running, 0 failed, 0 waiting" in lines
 
 
 def test_a_half_written_run_is_made_again(fake):

@@ -1,14 +1,23 @@
 """What the bits of a run depend on beside its state."""
 
+import json
 import platform
 import random
+from pathlib import Path
 
 import numpy as np
 import torch as th
 from helpers import assert_same_generators
 
 from sb3_klip import __version__
-from sb3_klip.reproducibility import processor, read_generators, set_generators, versions
+from sb3_klip.reproducibility import (
+    about_this_installation,
+    deciding_versions,
+    processor,
+    read_generators,
+    set_generators,
+    versions,
+)
 
 
 def draw():
@@ -28,3 +37,18 @@ def test_versions_and_processor():
     found = versions()
     assert (found["python"], found["sb3-klip"], found["torch"]) == (platform.python_version(), __version__, th.__version__)
     assert processor()
+
+
+def test_results_of_earlier_versions_count_where_the_numbers_are_the_same():
+    """The committed suites were made with 0.1.0, and this version goes on with them."""
+    manifests = [json.loads(path.read_text()) for path in Path(__file__).parents[1].glob("results/*/suite.json")]
+    assert manifests
+    assert {each["versions"]["sb3-klip"] for each in manifests} == {deciding_versions()["sb3-klip"]}
+    assert "python" not in deciding_versions()
+
+
+def test_what_a_report_of_a_bug_says():
+    lines = about_this_installation().splitlines()
+    assert f"sb3-klip: {__version__}" in lines
+    assert f"torch: {th.__version__}" in lines
+    assert f"processor: {processor()}" in lines

@@ -1,13 +1,19 @@
 """The update: what coefficients are told, what they do to training, and what is refused in the middle of it."""
 
+import copy
 import math
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from helpers import FAST, assert_identical, cartpole, pendulum, state_tensors, train
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import available, make, register
@@ -59,6 +65,81 @@ def test_a_coefficient_that_turns_nan_is_named():
     with pytest.raises(ValueError, match=r"failing.*the removal of the coefficient is nan"):
         model.learn(640)
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+class AtRolloutEnd(BaseCallback):
+    """Calls a function with the model."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.function(self.model)
+
+
+@pytest.mark.parametrize("dict_observations", [False, True])
+@pytest.mark.parametrize(
+    ("trouble", "at", "message"),
+    [
+        ("reward", 10, r"the reward is nan, at step 2 of the rollout's 8, in environment 1\."),
+        ("overflow", 16, r"the reward is inf, at step 8 of the rollout's 8, in environment 1\."),
+        ("end", 10, r"the reward, or the value of the observation that ended the episode, is nan, at step 2 of"),
+        ("observation", 16, "the observation has an element that is NaN, so its value is nan, after the last step .* 1"),
+        ("large", 14, r"rewards are too large: their sum is inf, at step \d of the rollout's 8, in environment 1"),
+    ],
+)
+def test_what_makes_advantages_nan_is_named_before_the_update(trouble, at, message, dict_observations):
+    """From the second rollout on, in the second of two environments."""
+
+    class Env(gym.Env):
+        box = spaces.Box(-1, 1, (2,), np.float32)
+        observation_space = spaces.Dict({"seen": box}) if dict_observations else box
+        action_space = spaces.Discrete(2)
+
+        def __init__(self, is_broken):
+            self.is_broken, self.steps = is_broken, 0
+
+        def seen(self, value=0.0):
+            array = np.full(2, value, np.float32)
+            return {"seen": array} if dict_observations else array
+
+        def reset(self, *, seed=None, options=None):
+            return self.seen(), {}
+
+        def step(self, action):
+            self.steps += 1
+            here = self.is_broken and self.steps == at
+            reward = {"reward": np.nan, "end": np.nan, "overflow": 1e39}.get(trouble, 1.0) if here else 1.0
+            if trouble == "large" and self.is_broken and self.steps >= at:
+                reward = 3e38
+            seen = self.seen(np.nan if here and trouble == "observation" else 0.0)
+            return seen, reward, here and trouble == "end", False, {}
+
+    env = DummyVecEnv([lambda: Env(False), lambda: Env(True)])
+    policy = "MultiInputPolicy" if dict_observations else "MlpPolicy"
+    model = KLipPPO(policy, env, n_steps=8, batch_size=8, n_epochs=1, seed=0, device="cpu")
+    after_one_update = []
+    keep = AtRolloutEnd(lambda model: after_one_update.append(copy.deepcopy(model.policy.state_dict())))
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match=f"KLipPPO stopped at 32 steps, before an update: {message}"),
+    ):
+        model.learn(64, callback=keep)
+    assert all(th.equal(tensor, after_one_update[1][name]) for name, tensor in model.policy.state_dict().items())
+
+
+def test_a_value_that_is_nan_is_named():
+    model = KLipPPO("MlpPolicy", cartpole(), **FAST, seed=0, device="cpu")
+
+    def spoil(model):
+        model.rollout_buffer.values[3, 0] = model.rollout_buffer.advantages[3, 0] = np.nan
+
+    with pytest.raises(ValueError, match=r"value of the observation is nan, at step 4 of the rollout's 64, in environment 0"):
+        model.learn(64, callback=AtRolloutEnd(spoil))
 
 
 def test_divergence_is_reported_by_its_cause():

@@ -188,7 +188,7 @@ def test_the_default_gives_a_typical_action_the_usual_bound(epsilon, dimensions)
 def test_the_default_as_published():
     assert default_delta("gaussian", 0.2, 3) == pytest.approx(0.01154, abs=5e-6)
     assert default_delta("categorical", 0.2, 1) == pytest.approx(-0.5 * math.log(1 - 0.2**2))
-    with pytest.raises(ValueError, match="clip_range=1 must be less than 1, or delta be given"):
+    with pytest.raises(ValueError, match="clip_range=1 must be less than 1, unless delta is given"):
         default_delta("categorical", 1, 1)
 
 

@@ -29,6 +29,7 @@ from verify_results import (
     found_difference,
 )
 
+from sb3_klip import progress
 from sb3_klip.fast import optimizer
 from sb3_klip.surrogate import clip_objective
 
@@ -56,6 +57,17 @@ def test_identical(verify, arguments, minibatches):
     count = assert_identical_result(verify(*arguments))
     assert count == minibatches or minibatches is None
     assert not Path("difference.pt").exists()
+
+
+def test_what_it_will_take_and_how_far_it_has_come(verify, monkeypatch):
+    """In a pipe, as here; a terminal shows the table as it changes."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    lines = verify(*DEFAULT, "-n", 256, "-params", "n_steps:64").out.splitlines()
+    assert lines[0] == "Training ppo and klip_ppo, 256 steps each, on CartPole-v1"
+    assert [line.split(",")[0] for line in lines[1:5]] == [
+        f"{share}%: {steps} of 256 steps compared" for share, steps in ((25, 64), (50, 128), (75, 192), (100, 256))
+    ]
+    assert re.search(r", about \d+ s left$", lines[1])
 
 
 def test_of_dictionaries_of_images(verify):

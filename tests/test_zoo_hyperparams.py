@@ -1,5 +1,6 @@
 """Hyperparameters in RL Zoo: the zoo's own with ours laid over them."""
 
+import argparse
 import importlib
 import importlib.resources
 import json
@@ -9,6 +10,7 @@ import pytest
 import rl_zoo3
 import rl_zoo3.train
 import yaml
+from rl_zoo3.utils import StoreDict
 from stable_baselines3 import PPO
 
 from sb3_klip import KLipPPO, zoo
@@ -64,3 +66,39 @@ def test_a_protocol_is_read_anew_each_time(tmp_path):
     assert read("hyperparams") == {"default": {"n_steps": 8}}
     with pytest.raises(AttributeError, match=r"sb3_klip\.hyperparams\.own.* has no attribute 'hyperparam'"):
         read("hyperparam")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("beta:linear_ramp", "linear_ramp"),
+        ("beta:'linear_ramp'", "linear_ramp"),
+        ("beta:my_module:my_ramp", "my_module:my_ramp"),
+        ("beta:'my_module:my_ramp'", "my_module:my_ramp"),
+        ("beta:None", None),
+        ("beta_kwargs:dict(width=0.1, estimator=k3)", {"width": 0.1, "estimator": "k3"}),
+        ("beta_kwargs:{'widths': [x for x in (1, 2)], estimator: k1}", {"widths": [1, 2], "estimator": "k1"}),
+        ("beta_kwargs:dict(width=max(1, 2), bound=float('2'))", {"width": 2, "bound": 2.0}),
+    ],
+)
+def test_names_without_quotes(given, expected):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    zoo.register()
+    key = given.partition(":")[0]
+    assert parser.parse_args(["-params", given]).params == {key: expected}
+    if key == "beta_kwargs" and "max" not in given:  # in a YAML file, no functions
+        hyperparams = {key: given.partition(":")[2]}
+        evaluate_beta_kwargs(hyperparams)
+        assert hyperparams == {key: expected}
+
+
+def test_names_in_code_stay_names():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-params", nargs="+", action=StoreDict)
+    zoo.register()
+    made = parser.parse_args(["-params", "beta_kwargs:dict(width=lambda progress: 2 * progress)"]).params
+    assert made["beta_kwargs"]["width"](3) == 6
+    for text in ("learning_rate:fast", "beta:lin_0.1"):
+        with pytest.raises((NameError, SyntaxError)):
+            parser.parse_args(["-params", text])

@@ -27,6 +27,13 @@ from sb3_klip.coefficients.parameters import Positive
 
 def ramp(ratio, advantages, clip_range, *, width: Positive = 0.1):
     return ((ratio - 1).abs() / width).clamp(0, 1)
+
+class Deep:
+    def __init__(self, depth):
+        self.depth = depth
+
+    def __call__(self, ratio, advantages, clip_range):
+        return ratio * 0 + self.depth
 """
 
 
@@ -130,6 +137,13 @@ def test_beta_kwargs_as_a_mapping_in_a_file(train_here, tmp_path):
     (tmp_path / "mine.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
     folder = train_here("-conf", "mine.yml")
     assert KLipPPO.load(folder / "CartPole-v1.zip").beta.parameters == {"width": "lin_0.2"}
+
+
+def test_arguments_of_a_class_on_the_command_line(train_here):
+    folder = train_here("-params", *SMALL_UPDATE, "beta:ramps:Deep", "beta_kwargs:dict(depth=0.7)")
+    assert (config(folder)["beta"], config(folder)["beta_kwargs"]) == ("ramps:Deep", {"depth": 0.7})
+    (path,) = folder.glob("*.zip")
+    assert KLipPPO.load(path).beta.function.depth == 0.7
 
 
 def test_beta_kwargs_alone_are_for_the_coefficient_of_the_checkpoint(train_here):

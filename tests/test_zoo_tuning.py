@@ -1,14 +1,34 @@
 """The coefficient as a hyperparameter of RL Zoo's tuner."""
 
+import argparse
+import functools
+import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from helpers import config, zoo_here, zoo_train
-from rl_zoo3.hyperparams_opt import convert_onpolicy_params, sample_ppo_params
+from helpers import collected, config, zoo_here, zoo_train
+from optuna.trial import TrialState
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import (
+    HYPERPARAMS_CONVERTER,
+    HYPERPARAMS_SAMPLER,
+    convert_onpolicy_params,
+    sample_ppo_params,
+)
 
-from sb3_klip.coefficients import available, make
-from sb3_klip.zoo.tuning import converter_with_beta, sampler_with_beta, sampler_with_reuse, search_space
+from sb3_klip import zoo
+from sb3_klip.coefficients import available, make, register
+from sb3_klip.zoo.tuning import (
+    converter_with_beta,
+    name_best_trial,
+    sampler_with_beta,
+    sampler_with_reuse,
+    search_space,
+)
 
 
 @pytest.mark.parametrize("n_actions", [0, 3])
@@ -73,8 +93,7 @@ def test_two_workers_search_one_journal_and_a_trial_is_trained_again(tmp_path):
     assert len(study.trials) == 6
     assert all(trial.state.is_finished() and trial.params["beta"] in search_space() for trial in study.trials)
 
-    # RL Zoo takes trial 0 for none at all.
-    trial = study.trials[study.best_trial.number or 1]
+    trial = study.best_trial
     zoo_train(*STUDY, "--trial-id", trial.number, "--eval-freq", -1, cwd=tmp_path)
     (model,) = tmp_path.glob("logs/klip_ppo/*/CartPole-v1.zip")
     assert config(model.parent)["beta"] == trial.params["beta"]
@@ -85,3 +104,109 @@ def test_search_needs_the_tuner(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}='search' is for --optimize-hyperparameters"):
         zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", f"{name}:'search'", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# -- a named coefficient -----------------------------------------------------------------------------------------------
+
+
+def read(**hyperparams: Any) -> None:
+    """As ``rl_zoo3.train -optimize`` reads these hyperparameters."""
+    zoo.register()
+    namespace = argparse.Namespace()
+    manager = ExperimentManager(
+        namespace, "klip_ppo", "CartPole-v1", "logs", hyperparams=hyperparams, optimize_hyperparameters=True
+    )
+    manager.read_hyperparameters()
+
+
+def sampled() -> dict[str, Any]:
+    """What a trial gets."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    hyperparams = HYPERPARAMS_SAMPLER["klip_ppo"](trial, 0, 1, {})
+    assert HYPERPARAMS_CONVERTER["klip_ppo"](trial.params) == hyperparams
+    return hyperparams
+
+
+def deep_ramp(ratio, advantages, clip_range, *, width=0.1, bound=2.0):
+    return ((ratio - 1).abs() / width).clamp(0, bound)
+
+
+def test_the_parameters_of_an_own_coefficient_are_searched():
+    register("deep_ramp", search={"width": (0.5, 0.7)})(deep_ramp)
+    for name in ("deep_ramp", f"{__name__}:deep_ramp"):
+        read(beta=name)
+        found = sampled()
+        assert found["beta"] == name
+        assert found["beta_kwargs"].keys() == {"width"}
+        assert 0.5 <= found["beta_kwargs"]["width"] <= 0.7
+
+
+def test_a_coefficient_that_declares_no_ranges(capsys):
+    name = f"{__name__}:deep_ramp"
+    read(beta=name)
+    assert f"beta={name!r} declares no ranges, so its parameters are not searched: width, bound." in capsys.readouterr().out
+    assert "beta" not in sampled()
+    read(beta="step")  # has no parameters
+    read(beta="sapo", beta_kwargs={"tau_pos": 2.0})  # has those that it was given
+    assert "declares no ranges" not in capsys.readouterr().out
+    assert "beta" not in sampled()
+
+
+# -- trials by their number --------------------------------------------------------------------------------------------
+
+
+def make_study(storage: Path | None, states: str) -> optuna.Study:
+    """A study with a trial for each letter: complete, pruned or failed; each better than the one before."""
+    kept = storage and optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
+    study = optuna.create_study(storage=kept, study_name="study", direction="maximize")
+    kinds = {"c": TrialState.COMPLETE, "p": TrialState.PRUNED, "f": TrialState.FAIL}
+    for number, letter in enumerate(states):
+        trial = study.ask()
+        sampler_with_beta(sample_ppo_params, "fixed")(trial, 0, 1, {})
+        study.tell(trial, float(number) if letter == "c" else None, kinds[letter])
+    return study
+
+
+def manager_of(**arguments: Any) -> ExperimentManager:
+    zoo.register()
+    return ExperimentManager(argparse.Namespace(), "klip_ppo", "CartPole-v1", "logs", **arguments)
+
+
+def test_the_number_of_the_best_trial_is_told(tmp_path, capsys):
+    manager = manager_of(storage="a folder/study.log", study_name="study")
+    name_best_trial(lambda manager: make_study(None, "cpccp"), manager)
+    out = capsys.readouterr().out
+    assert out.startswith("The best is trial 3.")
+    words = shlex.split(out.splitlines()[-1])
+    assert words[words.index("--storage") + 1] == "a folder/study.log"
+    assert words[words.index("--trial-id") + 1] == "3"
+    name_best_trial(lambda manager: make_study(None, "c"), manager_of())
+    assert "search with --storage and --study-name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_trial_is_trained_by_its_number(tmp_path, number):
+    storage = tmp_path / "study.log"
+    trial = make_study(storage, "cc").trials[number]
+    manager = manager_of(storage=str(storage), study_name="study", trial_id=number, hyperparams={"n_steps": 7})
+    hyperparams, _ = manager.read_hyperparameters()
+    assert (hyperparams["beta"], hyperparams["n_steps"]) == ("fixed", 7)
+    assert hyperparams["beta_kwargs"] == {"value": trial.params["beta_fixed_value"]}
+
+
+def test_trials_that_are_not_what_somebody_wants(tmp_path):
+    storage = tmp_path / "study.log"
+    make_study(storage, "cpf")
+    load = functools.partial(manager_of().load_trial, str(storage), "study")
+    for number, state in ((1, "pruned"), (2, "fail")):
+        message = f"Trial {number} was not trained to its end: {state}. The best is --trial-id 0."
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            load(number)
+    with collected() as messages:
+        assert load(0) == load()
+    assert messages == []
+    with pytest.raises(ValueError, match="--trial-id=3: the study 'study' has 3 trials, from 0 on"):
+        load(3)
+    with pytest.raises(ValueError, match="--trial-id=1 needs --storage and --study-name"):
+        manager_of(trial_id=1).read_hyperparameters()

@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import zoo_schedule
 from sb3_klip.coefficients.registry import make_beta
+from sb3_klip.errors import did_you_mean
 
 #: Hyperparameters that may be functions, which RL Zoo writes as a number or as "lin_x".
 SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf")
@@ -37,6 +38,7 @@ class LoadArguments:
         if "beta" in self.kwargs:
             self.kwargs["beta"] = make_beta(self.kwargs["beta"], self.kwargs.setdefault("beta_kwargs", None))
         self.given = given
+        self._arguments = {name for each in algorithm.__mro__ for name in inspect.signature(each).parameters}
         #: For ``custom_objects``.
         self.objects: dict[str, Any] = {}
         #: Attributes that could not be restored, with the reason.
@@ -53,6 +55,7 @@ class LoadArguments:
         :raises ValueError: if the file cannot be loaded, or is not trusted and holds more than plain data
         """
         self.checkpoint = checkpoint
+        self._check_names()
         # Those of policy_kwargs are compared with the file's.
         replaced = {*self.given, *(self.kwargs.keys() - {"policy_kwargs"})}
         self.objects, self.lost = checkpoint.restore(replaced, trusted)
@@ -67,6 +70,17 @@ class LoadArguments:
             # Other parameters than the file's must fit its coefficient, whereas its own are allowed to be unknown.
             beta = self.objects.get("beta", checkpoint.data.get("beta", "step"))
             make_beta(beta, self.kwargs["beta_kwargs"])
+
+    def _check_names(self) -> None:
+        """
+        Refuse what is near to an argument and none; any other name becomes an attribute of the model, as with SB3.
+
+        :raises TypeError: with the nearest name
+        """
+        for name in (*self.kwargs, *self.given):
+            known = name in self._arguments or name in self.checkpoint.data or hasattr(self.algorithm, name)
+            if not known and (hint := did_you_mean(name, self._arguments)):
+                raise TypeError(f"{self.algorithm.__name__}.load has no argument {name!r}.{hint}")
 
     def _default(self, name: str) -> Any:
         """The default of an argument of the constructor, which a subclass may pass on as ``**kwargs``."""

@@ -23,6 +23,9 @@ QUANTITIES: dict[str, str] = {
     "progress": "share of training done, from 0 to 1; float",
 }
 
+#: The names of a coefficient's first three arguments, which may stand in any order.
+LEADING = ("ratio", "advantages", "clip_range")
+
 CoefficientFunction: TypeAlias = Callable[..., th.Tensor | tuple[th.Tensor, th.Tensor]]
 
 
@@ -48,7 +51,7 @@ class Coefficient:
         self.function = _own(function)
         self.name = name
         #: The quantities that it asks for, see :data:`QUANTITIES`.
-        self.requests, self._declared = _read_signature(function, name)
+        self._order, self.requests, self._declared = _read_signature(function, name)
         given = dict(parameters or {})
         check_names(given, self._declared, name)
         #: Its parameters, as they were given: numbers or schedules.
@@ -126,7 +129,8 @@ class Coefficient:
             if value is None:
                 raise ValueError(f"coefficient {self.name!r} needs {key!r}: {QUANTITIES[key]}")
             asked[key] = value.detach() if isinstance(value, th.Tensor) else value
-        result = self.function(ratio, advantages, clip_range, **asked, **self.values)
+        leading = {"ratio": ratio, "advantages": advantages, "clip_range": clip_range}
+        result = self.function(*(leading[key] for key in self._order), **asked, **self.values)
         removal, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
         self._check("removal", removal, ratio)
         if weight is not None:
@@ -169,7 +173,12 @@ class Coefficient:
             self.function.load_state_dict(state)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+        if _has_own_repr(self.function):
+            shown = " with ".join(filter(None, [repr(self.function), _assignments(self.settings)]))
+        else:
+            shown = f"{self.name}({_assignments(self.parameters)})"
+        learned = {key: value for key, value in self.state_dict().items() if isinstance(value, (int, float))}
+        return f"{shown}, now {_assignments(learned)}" if learned else shown
 
     def _check(self, what: str, tensor: object, ratio: th.Tensor) -> None:
         """Only what costs no synchronisation with the device; NaN is looked for when an epoch ends."""
@@ -211,6 +220,16 @@ class Coefficient:
 CoefficientLike: TypeAlias = Coefficient | CoefficientFunction
 
 
+def _assignments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def _has_own_repr(function: CoefficientFunction) -> bool:
+    """Whether an object says of itself, in its own words, what it is."""
+    is_function = isinstance(function, (types.FunctionType, types.BuiltinFunctionType, types.MethodType))
+    return not is_function and type(function).__repr__ is not object.__repr__
+
+
 def _own(function: CoefficientFunction) -> CoefficientFunction:
     """A copy of an object, with a state of its own; a function, which has none, as it is."""
     if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
@@ -243,8 +262,8 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
     return {argument: copy.copy(getattr(function, argument)) for argument in named}
 
 
-def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], dict[str, Parameter]]:
-    """Split a function's arguments after the first three into what it asks for and its parameters."""
+def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Parameter]]:
+    """The order of a function's first three arguments, what it asks for, and its parameters."""
     if not callable(function):
         raise TypeError(f"a coefficient must be a name or a callable, not {function!r}")
     try:
@@ -252,9 +271,13 @@ def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str
     except NameError:  # annotations that only a type checker can resolve
         signature = inspect.signature(function)
     arguments = list(signature.parameters.values())
-    leading = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)][:3]
-    if len(leading) < 3:
-        raise TypeError(f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), not {signature}")
+    order = tuple(a.name for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD))[:3]
+    if {*order} != {*LEADING}:
+        other = next((argument for argument in order if argument not in LEADING), "")
+        raise TypeError(
+            f"coefficient {name!r} must take (ratio, advantages, clip_range, ...), these three in any order, not {signature}."
+            f"{did_you_mean(other, LEADING)}"
+        )
     requests: list[str] = []
     parameters: dict[str, Parameter] = {}
     for argument in arguments[3:]:
@@ -270,4 +293,4 @@ def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str
                 f"coefficient {name!r} asks for {argument.name!r}, which has no default and is not one of "
                 f"{', '.join(map(repr, QUANTITIES))}.{hint}"
             )
-    return tuple(requests), parameters
+    return order, tuple(requests), parameters

@@ -51,6 +51,10 @@ class Product(Coefficient):
         removal, weight = self.base(ratio, advantages, clip_range, **quantities)
         return strength * removal, None if weight is None else strength * weight
 
+    def __repr__(self) -> str:
+        # Not in the words of the scaled object, which knows nothing of the factor.
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+
     def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
         return self.base.stop(ratio, mask)
 
@@ -110,8 +114,11 @@ def position(
     :param end: strength from step ``horizon`` on
     :param horizon: in steps
     :return: the coefficient
+    :raises ValueError: if ``base`` is itself scaled by the position
     """
     factor = Coefficient(ramp_over_episode, "position", {"start": start, "end": end, "horizon": horizon})
     scaled = make(base, **(base_kwargs or {}))
+    if isinstance(scaled, Product):
+        raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}
     return Product(scaled, factor, "position", parameters)

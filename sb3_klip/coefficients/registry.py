@@ -5,6 +5,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeVar
 
 from sb3_klip.coefficients.coefficient import Coefficient, CoefficientLike, constructor_signature
@@ -96,6 +97,20 @@ def available() -> list[str]:
     return sorted({entry.name for entry in _WORDS.values()})
 
 
+def find(name: str) -> Entry | None:
+    """
+    What is known of a coefficient.
+
+    :param name: its name, an alias, or ``"module:function"``
+    :return: None if the function was not registered
+    :raises ValueError: if there is no such coefficient
+    """
+    if name in _WORDS:
+        return _WORDS[name]
+    function = _imported(name)
+    return next((entry for entry in entries() if entry.function is function), None)
+
+
 def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
     """
     Build a coefficient.
@@ -121,10 +136,22 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
         return entry.function(**parameters)
     if inspect.isclass(name):
         where = _qualified_name(name)
-        raise TypeError(f"beta={name.__name__} is a class: give an instance, {name.__name__}(…), or its name, beta={where!r}")
+        raise TypeError(
+            f"beta={name.__name__} is a class: give an instance, {name.__name__}(…), or its name, beta={where!r}. "
+            "An instance is called with (ratio, advantages, clip_range, ...) and returns the removal of each sample."
+        )
     if not callable(name):
-        raise TypeError(f"beta must be the name of a coefficient, a Coefficient or a callable, not {name!r}")
+        raise TypeError(f"beta must be the name of a coefficient, a Coefficient or a callable, not {name!r}.{_hint(name)}")
     return _made(name, _name_of(name), parameters)
+
+
+def _hint(value: object) -> str:
+    """A sentence that says which coefficient may be meant by a value that is none."""
+    if value is None:
+        return " For no clip and no penalty, give beta='none'."
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return f" For a constant weight on the KL divergence, give beta='fixed' and beta_kwargs={{'value': {value}}}."
+    return ""
 
 
 def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None = None) -> Coefficient:
@@ -179,8 +206,14 @@ def _imported(name: str) -> Callable[..., Any]:
             reason = f" {module} has no function {attribute}."
     raise UnknownCoefficientError(
         f"beta={name!r} is not a coefficient.{reason} "
-        f"Available: {', '.join(available())}; or your own: a function, registered by @register, or 'module:function'."
+        f"Available: {_listing()}; or your own: a function, registered by @register, or 'module:function'."
     )
+
+
+def _listing() -> str:
+    """All names, each with its aliases."""
+    listed = sorted((entry.name, ", ".join(entry.aliases)) for entry in entries())
+    return ", ".join(f"{name} ({aliases})" if aliases else name for name, aliases in listed)
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:

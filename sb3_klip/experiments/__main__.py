@@ -83,13 +83,15 @@ def _run(args: argparse.Namespace, words: str) -> int:
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"--workers={args.workers} must be at least 1")
     if args.workers is not None and args.scheduler is not None:
-        raise ValueError("--workers starts workers here, and --scheduler uses others': give one of them")
+        raise ValueError("--workers starts workers here, and --scheduler uses those of a cluster: give one of the two")
     suite = read_suite(args.suite)
     cells = select(suite, args.tasks, args.methods, args.seeds)
     folder = (args.folder or Path("logs/experiments", suite.name)).absolute()
     missing = [cell for cell in cells if not cell.result(folder).exists()]
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
+    if missing:
+        print(f"To train: {sum(cell.timesteps for cell in missing):,} steps of {len(missing)} cells")
     again = f"python -m sb3_klip.experiments {words}"
     try:
         with FileLock(folder / ".lock", timeout=0), connect(args.scheduler, args.workers, folder) as client:

@@ -8,7 +8,7 @@ from typing import Any
 from sb3_klip.experiments.results import Result, read_result
 from sb3_klip.experiments.suite import CONF, Suite
 from sb3_klip.files import write_atomically
-from sb3_klip.reproducibility import PACKAGES, versions
+from sb3_klip.reproducibility import deciding_versions
 
 #: What a cell leaves on the disk is less than this, in bytes (measured: 1 to 5 MB).
 CELL_SIZE = 20_000_000
@@ -25,7 +25,7 @@ def open_folder(folder: Path, suite: Suite, cells: int) -> None:
     :param cells: number of cells still to run
     :raises ValueError: if it belongs to another suite or other versions, cannot be written to, or the disk is too full
     """
-    ours = {"suite": suite.name, "versions": _deciding(versions()), "definition": suite.definition}
+    ours = {"suite": suite.name, "versions": deciding_versions(), "definition": suite.definition}
     # In a Python module, hyperparameters may be classes and functions.
     text = json.dumps(ours, indent=1, default=lambda value: getattr(value, "__qualname__", repr(value)))
     try:
@@ -60,7 +60,7 @@ def check_worker(folder: str) -> str | None:
         theirs = _manifest(Path(folder))["versions"]
     except OSError as error:
         return f"it does not see {folder}, which must be on a disk that all workers share ({error.strerror})"
-    if different := _differences(theirs, _deciding(versions())):
+    if different := _differences(theirs, deciding_versions()):
         return f"its versions are not those of {folder}: {'; '.join(different)}"
     return None
 
@@ -88,11 +88,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest
-
-
-def _deciding(all_versions: dict[str, str]) -> dict[str, str]:
-    """Another Python gives the same numbers."""
-    return {name: all_versions[name] for name in PACKAGES}
 
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:

@@ -70,7 +70,7 @@ def _frame(cells: Iterable[str], results: Iterable[Result]) -> pd.DataFrame:
 
 def _made_by(frame: pd.DataFrame) -> str:
     """How the numbers came to be."""
-    versions = pd.DataFrame(list(frame["versions"])).drop(columns="python").iloc[0]
+    versions = pd.DataFrame(list(frame["versions"])).drop(columns="python").apply(lambda column: " and ".join(column.unique()))
     command = frame["command"].iloc[0]
     hours = frame["seconds"].sum() / 3600
     lines = [

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from sb3_klip.experiments.cell import Cell, CellError, is_running, run_cell, steps_done
 from sb3_klip.experiments.folder import check_worker
 from sb3_klip.interruption import deferred_interrupt
+from sb3_klip.progress import PipedProgress
 
 #: What workers on this machine do first: Ctrl-C is for the driver alone, but a terminal sends it to all of them.
 PRELOAD = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
@@ -74,16 +75,17 @@ def run_cells(cells: Sequence[Cell], folder: Path, client: Client, console: Cons
         for i, cell in enumerate(cells)
     }
     failed: dict[str, str] = {}
+    piped, total = PipedProgress(console), sum(cell.timesteps for cell in cells)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=console, speed_estimate_period=600) as progress:
-            steps = progress.add_task("", total=sum(cell.timesteps for cell in cells))
+            steps = progress.add_task("", total=total)
             open_futures = set(futures)
             while open_futures:
                 ended = _wait(open_futures)
                 for future in ended:
                     cell = futures[future]
-                    if reason := future.result() if future.status == "finished" else f"{cell.name}: {future.exception()!r}":
+                    if reason := future.result() if future.status == "finished" else _told(cell, future.exception()):
                         failed[cell.name] = reason
                     console.print(f"{'[red]failed[/]' if reason else 'finished'} {cell.name}", highlight=False)
                 open_futures -= ended
@@ -93,9 +95,15 @@ def run_cells(cells: Sequence[Cell], folder: Path, client: Client, console: Cons
                 counts = f"{len(futures) - len(open_futures) - len(failed)} done, {len(running)} running, {len(failed)} failed"
                 waiting = len(open_futures) - len(running)
                 progress.update(steps, completed=taken, description=f"{counts}, {waiting} waiting")
+                piped.tell(f"{counts}, {waiting} waiting", taken / total)
     finally:
         client.cancel(list(futures))  # see _wanted
     return failed
+
+
+def _told(cell: Cell, error: BaseException) -> str:
+    """What went wrong, in the error's own words, which name the file if it is about one."""
+    return f"{cell.name}: {type(error).__name__}: {error}"
 
 
 def _run_on_worker(cell: Cell, folder: str) -> str | None:

@@ -168,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         with tempfile.TemporaryDirectory() as folder:
             conf = _write_conf(options, Path(folder))
+            names = f"{pair.zoo_base} and {pair.zoo_name}"
+            print(f"Training {names}, {options.n_timesteps:,} steps each, on {options.env}", flush=True)
             base, ours = (Training(options, algo, folder, conf) for algo in (pair.zoo_base, pair.zoo_name))
             try:
                 with Live(comparison.table(), console=console, transient=True) as live:

@@ -8,6 +8,7 @@ import torch as th
 from rich.live import Live
 from rich.table import Table
 
+from sb3_klip.progress import PipedProgress
 from sb3_klip.verify.bits import Difference, largest_difference
 from sb3_klip.verify.training import PAIRS, Arrays, Training, Update
 
@@ -41,6 +42,7 @@ class Comparison:
 
     def run(self, base: Training, ours: Training, live: Live) -> Verdict:
         """Compare until both have ended, or one minibatch or one update differs."""
+        piped = PipedProgress(live.console)
         index, first = 0, None
         while True:
             (kind, theirs), (our_kind, own) = base.next(), ours.next()
@@ -70,6 +72,7 @@ class Comparison:
                 continue
             self._take(theirs, own)
             live.update(self.table())
+            piped.tell(f"{self.steps} of {self.options.n_timesteps} steps compared", self.steps / self.options.n_timesteps)
             if first is not None or uneven or self.state.ulps > 0:
                 return self._different(first, base, ours)
             index = 0

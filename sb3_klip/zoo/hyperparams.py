@@ -1,7 +1,10 @@
 """Hyperparameters in RL Zoo: which there are, and the zoo's own with ours laid over them."""
 
+import ast
+import builtins
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,10 +71,46 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     return hyperparams
 
 
+def names_as_text(argument: str) -> str:
+    """
+    An argument of ``-params``, of whose value RL Zoo makes Python: a coefficient whose quotes were forgotten gets them.
+
+    :param argument: such as ``beta:linear_ramp``, ``beta:my_module:my_ramp`` or ``beta_kwargs:dict(estimator=k3)``
+    """
+    key, _, value = argument.partition(":")
+    return f"{key}:{_quoted(value)}" if key in ("beta", "beta_kwargs") else argument
+
+
+def _quoted(code: str) -> str:
+    """Python code in which names that stand for nothing are texts."""
+    if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", code):
+        return repr(code)
+    try:
+        return ast.unparse(_Quoting().visit(ast.parse(code.strip(), mode="eval")))
+    except SyntaxError:
+        return code
+
+
+class _Quoting(ast.NodeTransformer):
+    """Makes texts of names, but not of those that are called, and not where code has names of its own."""
+
+    def visit(self, node: ast.AST) -> Any:
+        own = (ast.Attribute, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+        return node if isinstance(node, own) else super().visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return node if hasattr(builtins, node.id) else ast.Constant(node.id)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        node.args = [self.visit(argument) for argument in node.args]
+        node.keywords = [self.visit(keyword) for keyword in node.keywords]
+        return node
+
+
 def evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
     """As the zoo does with policy_kwargs: "dict(width=0.1)"."""
     if isinstance(text := hyperparams.get("beta_kwargs"), str):
         try:
-            hyperparams["beta_kwargs"] = eval(text, {"__builtins__": {}, "dict": dict})
+            hyperparams["beta_kwargs"] = eval(_quoted(text), {"__builtins__": {}, "dict": dict})
         except Exception as error:
             raise ValueError(f"beta_kwargs must be a dict, or one written in Python, not {text!r}") from error

@@ -19,8 +19,16 @@ from sb3_klip.fast.compiling import check_compile
 from sb3_klip.replay import weights_by_age
 from sb3_klip.variants import VARIANTS
 from sb3_klip.zoo import agents
-from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, zoo_hyperparams
-from sb3_klip.zoo.tuning import SEARCH, converter_with_beta, sampler_with_beta, sampler_with_reuse
+from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, names_as_text, zoo_hyperparams
+from sb3_klip.zoo.tuning import (
+    SEARCH,
+    converter_with_beta,
+    declared_ranges,
+    load_trial,
+    name_best_trial,
+    sampler_with_beta,
+    sampler_with_reuse,
+)
 
 #: The algorithms that RL Zoo can train, each with the zoo's algorithm whose hyperparameters, sampler and agents it takes.
 ALGORITHMS: dict[str, str] = {variant.zoo_name: variant.zoo_base for variant in VARIANTS if variant.in_zoo}
@@ -82,6 +90,7 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
     # Without --conf-file, the zoo looks for a file of the algorithm's name in its own folder.
     if Path(manager.config) == zoo_hyperparams() / f"{manager.algo}.yml":
         manager.config = f"sb3_klip.hyperparams.{manager.algo}"
+    _take_trial(manager)
     hyperparams, saved_hyperparams = original(manager)
     default = "step"
     if manager.continue_training:
@@ -103,6 +112,17 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
     return hyperparams, saved_hyperparams
 
 
+def _take_trial(manager: ExperimentManager) -> None:
+    """See to what RL Zoo makes nothing of: a trial that is nowhere, and trial 0."""
+    if manager.trial_id is None:
+        return
+    if not (manager.storage and manager.study_name):
+        raise ValueError(f"--trial-id={manager.trial_id} needs --storage and --study-name, which say where the trial is")
+    if manager.trial_id == 0:
+        trial = manager.load_trial(manager.storage, manager.study_name, 0)
+        manager.custom_hyperparams = {**trial, **(manager.custom_hyperparams or {})}
+
+
 def _searches(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
     """Whether the tuner is to choose the coefficient; what it is to choose takes its place among the samplers."""
     # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
@@ -116,8 +136,31 @@ def _searches(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
             raise ValueError("beta='search' chooses beta_kwargs itself, so they must not be given")
         sampler = (sampler_with_beta if name == "beta" else sampler_with_reuse)(sampler)
         del hyperparams[name]
+    named = hyperparams.get("beta")
+    if manager.optimize_hyperparameters and isinstance(named, str) and "beta_kwargs" not in hyperparams:
+        if declared_ranges(named) is not None:
+            sampler = sampler_with_beta(sampler, named)
+        elif parameters := make_beta(named).parameters:
+            print(
+                f"beta={named!r} declares no ranges, so its parameters are not searched: {', '.join(parameters)}. "
+                "@register(…, search={name: (low, high)}) declares them."
+            )
     HYPERPARAMS_SAMPLER[manager.algo] = sampler
     return "beta" in searched
+
+
+def _store_dict(original: Any, action: Any, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
+    original(action, parser, namespace, [names_as_text(value) for value in values], option)
+
+
+def _hyperparameters_optimization(original: Any, manager: ExperimentManager) -> None:
+    name_best_trial(original, manager) if manager.algo in ALGORITHMS else original(manager)
+
+
+def _load_trial(original: Any, manager: ExperimentManager, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    if manager.algo not in ALGORITHMS:
+        return original(manager, *args, **kwargs)
+    return load_trial(original, manager, *args, **kwargs)
 
 
 def _create_callbacks(original: Any, manager: ExperimentManager) -> None:
@@ -165,6 +208,14 @@ PATCHES = (
         _read_hyperparameters,
         "our default hyperparameters, the coefficient refused before anything is made, the tuner's search, resuming",
     ),
+    Patch(utils.StoreDict, "__call__", _store_dict, "-params: a coefficient's name without its quotes"),
+    Patch(
+        ExperimentManager,
+        "hyperparameters_optimization",
+        _hyperparameters_optimization,
+        "-optimize: the number of the best trial, and the command that trains with it",
+    ),
+    Patch(ExperimentManager, "load_trial", _load_trial, "--trial-id: a trial that was pruned, or is not there"),
     Patch(ExperimentManager, "create_callbacks", _create_callbacks, "checkpoints of --save-freq that can be resumed from"),
     Patch(
         ExperimentManager,

@@ -1,11 +1,17 @@
-"""Hyperparameters that RL Zoo's tuner searches with ``--optimize-hyperparameters``: ``beta: search`` and ``reuse: search``."""
+"""RL Zoo's tuner: the search for coefficients, their parameters and ``reuse``, and the trials that it keeps."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
+from rl_zoo3.exp_manager import ExperimentManager
 
 from sb3_klip.coefficients import entries, make
+from sb3_klip.coefficients.registry import find
 
 #: The value of ``beta`` or ``reuse`` that asks for the search.
 SEARCH = "search"
@@ -29,17 +35,30 @@ def search_space(is_continuous: bool = False) -> dict[str, Mapping[str, tuple[fl
     }
 
 
-def sampler_with_beta(sampler: Sampler) -> Sampler:
+def declared_ranges(name: str) -> Mapping[str, tuple[float, float]] | None:
+    """
+    The ranges that a coefficient declares at its definition, by ``search`` of ``@register``; None if there are none.
+
+    :param name: as in ``beta``
+    :raises ValueError: if there is no such coefficient
+    """
+    entry = find(name)
+    return None if entry is None else entry.search
+
+
+def sampler_with_beta(sampler: Sampler, only: str | None = None) -> Sampler:
     """
     Extend a sampler of RL Zoo by the coefficient and, conditional on it, its parameters.
 
     :param sampler: the zoo's sampler of all other hyperparameters
+    :param only: a coefficient that declares ranges, to search the parameters of this one alone
     :return: sampler that sets ``beta`` and ``beta_kwargs`` together
     """
 
     def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
         hyperparams = sampler(trial, n_actions, n_envs, additional_args)
-        spaces = search_space(is_continuous=n_actions > 0)  # the zoo counts those of Box action spaces only
+        # The zoo counts the actions of Box action spaces only.
+        spaces = search_space(is_continuous=n_actions > 0) if only is None else {only: declared_ranges(only) or {}}
         name = trial.suggest_categorical("beta", list(spaces))
         beta_kwargs = {
             parameter: trial.suggest_float(f"beta_{name}_{parameter}", low, high, log=True)
@@ -81,3 +100,70 @@ def converter_with_beta(converter: Converter) -> Converter:
         return {**converter(others), "beta": name, "beta_kwargs": beta_kwargs}
 
     return convert
+
+
+def name_best_trial(original: Callable[[ExperimentManager], None], manager: ExperimentManager) -> None:
+    """
+    RL Zoo's search, which shows the best trial's hyperparameters, but not by which number to train with them.
+
+    :param original: the zoo's method
+    :param manager: RL Zoo's manager
+    """
+    with _studies("create_study") as studies:
+        original(manager)
+    study, number = studies[-1], studies[-1].best_trial.number
+    if manager.storage is None:
+        print(f"The best is trial {number}. To train with a trial by its number, search with --storage and --study-name.")
+        return
+    words = ["--algo", manager.algo, "--env", manager.env_name.gym_id, "--storage", manager.storage]
+    command = shlex.join([*words, "--study-name", study.study_name, "--trial-id", str(number)])
+    print(f"The best is trial {number}. To train with it (add the other options that you gave):")
+    print(f"  python -m rl_zoo3.train {command}")
+
+
+def load_trial(
+    original: Callable[..., dict[str, Any]],
+    manager: ExperimentManager,
+    storage: str,
+    study_name: str,
+    trial_id: int | None = None,
+    convert: bool = True,
+) -> dict[str, Any]:
+    """
+    RL Zoo's ``load_trial``, with a warning of a trial that did not come to its end.
+
+    :param original: the zoo's method
+    :param manager: RL Zoo's manager
+    :param storage: where the study is
+    :param study_name: its name
+    :param trial_id: number of the trial; None for the best
+    :param convert: whether to return hyperparameters, and not what was sampled
+    :raises ValueError: if there is no such trial
+    """
+    with _studies("load_study") as studies:
+        try:
+            params = original(manager, storage, study_name, trial_id, convert)
+        except IndexError:
+            number = len(studies[-1].trials)
+            raise ValueError(f"--trial-id={trial_id}: the study {study_name!r} has {number} trials, from 0 on") from None
+    if trial_id is not None and (trial := studies[-1].trials[trial_id]).state != TrialState.COMPLETE:
+        finished = [each for each in studies[-1].trials if each.state == TrialState.COMPLETE]
+        advice = f" The best is --trial-id {studies[-1].best_trial.number}." if finished else ""
+        warnings.warn(f"Trial {trial.number} was not trained to its end: {trial.state.name.lower()}.{advice}", stacklevel=2)
+    return params
+
+
+@contextlib.contextmanager
+def _studies(function_name: str) -> Iterator[list[optuna.Study]]:
+    """The studies that a function of Optuna returns meanwhile, of which RL Zoo keeps none."""
+    function, found = getattr(optuna, function_name), []
+
+    def kept(*args: Any, **kwargs: Any) -> optuna.Study:
+        found.append(function(*args, **kwargs))
+        return found[-1]
+
+    setattr(optuna, function_name, kept)
+    try:
+        yield found
+    finally:
+        setattr(optuna, function_name, function)
