@@ -14,5 +14,5 @@ def clip_by_age(ratio, advantages, clip_range, age, *, halflife=2.0):
 
 model = KLipPPO("MlpPolicy", "CartPole-v1", beta="clip_by_age", beta_kwargs={"halflife": 1.0}, reuse=3, seed=0, verbose=1)
 model.learn(20_000)
-model.save("clip_by_age")
-print(KLipPPO.load("clip_by_age").beta)
+model.save("logs/clip_by_age")
+print(KLipPPO.load("logs/clip_by_age").beta)

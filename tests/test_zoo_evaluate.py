@@ -35,7 +35,7 @@ def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, cap
         path = Path("logs/klip_ppo/CartPole-v1_1", file)
         shown = re.search(rf"{label} agent: ([\d.]+) \+/- ([\d.]+)   {path}", output)
         run = Run(Path("logs"), "klip_ppo", EnvironmentName("CartPole-v1"), 1)
-        assert [float(text) for text in shown.groups()] == pytest.approx(evaluated_return(run, path), abs=0.05)
+        assert [float(text) for text in shown.groups()] == pytest.approx(evaluated_return(run, path), abs=0.051)
         means[label] = float(shown[1])
     assert means["last"] >= 1
     commands = re.findall(r"^  (watch|film|plot): (.*)$", output, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""``python -m sb3_klip.zoo.evaluate --algo klip_ppo --env Hopper-v4``: what the latest training achieved, and what to type next."""
+"""What RL Zoo's latest training achieved, and what to type next: ``python -m sb3_klip.zoo.evaluate --env Hopper-v4``."""
 
 import argparse
 import contextlib
