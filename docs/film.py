@@ -11,7 +11,7 @@ import sys
 import imageio.v3 as iio
 from PIL import Image
 
-#: Every how manieth frame is kept, how many of these, and how wide they are, in pixels.
+#: One frame in so many is kept; how many are kept at most; their width in pixels.
 EVERY, FRAMES, WIDTH = 4, 200, 240
 
 

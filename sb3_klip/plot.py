@@ -304,7 +304,7 @@ def _read_events(log: Path, keys: Collection[str]) -> pd.DataFrame:
     events = EventAccumulator(str(log), {"scalars": 0}).Reload()  # all of them
     scalars = {key: events.Scalars(key) for key in keys if key in events.Tags()["scalars"]}
     columns = {key: pd.Series({each.step: each.value for each in values}) for key, values in scalars.items()}
-    return pd.DataFrame(columns, dtype=float).rename_axis("time/total_timesteps").sort_index().reset_index()
+    return pd.DataFrame(columns, dtype=float).rename_axis("time/total_timesteps").sort_index().reset_index().astype(float)
 
 
 def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]]) -> dict[str, Coefficient]:

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     :param folder: the zoo's log folder
     :param algo: algorithm, as the zoo names it
     :param env: environment
-    :param number: the how manieth of this algorithm on this environment
+    :param number: its number among the runs of this algorithm on this environment, from 1
     """
 
     folder: Path
