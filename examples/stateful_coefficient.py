@@ -1,5 +1,7 @@
 """A coefficient with parameters and a state of its own: PPO-Clip whose clip range follows the KL divergence."""
 
+import tempfile
+
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import register
 from sb3_klip.coefficients.clipping import step
@@ -31,6 +33,7 @@ class ClipByKL:
 
 model = KLipPPO("MlpPolicy", "CartPole-v1", beta="clip_by_kl", beta_kwargs={"kl_target": 0.005}, n_steps=512, seed=0)
 model.learn(10_000)
-model.save("logs/clip_by_kl")
-loaded = KLipPPO.load("logs/clip_by_kl", env=model.get_env())
+with tempfile.TemporaryDirectory() as folder:
+    model.save(f"{folder}/clip_by_kl")
+    loaded = KLipPPO.load(f"{folder}/clip_by_kl")
 print(f"{loaded.beta}: the clip range is now {loaded.beta.function.factor:.3f} times as wide")
