@@ -151,8 +151,7 @@ def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range:
     with figures.style(size) as shape:
         columns = min(len(drawn), 3)
         rows = -(-len(drawn) // columns)
-        size = (shape[0], rows * shape[1])
-        figure = Figure(figsize=size)
+        figure = Figure(figsize=(shape[0], rows * shape[1]))
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         ratio, advantages = np.meshgrid(_centres(0, 2, 400), _centres(-2, 2, 400))
         norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
@@ -381,7 +380,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         if args.figure == "distribution":
             figure = distribution(args.given, args.size)
         else:
-            draw = {"landscape": landscape, "gradient": gradient, "atlas": atlas}[args.figure]
+            draw: Callable[..., Figure] = {"landscape": landscape, "gradient": gradient, "atlas": atlas}[args.figure]
             figure = draw(*getattr(args, "given", ()), clip_range=args.clip_range, size=args.size)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
