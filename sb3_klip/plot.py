@@ -380,8 +380,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         if args.figure == "distribution":
             figure = distribution(args.given, args.size)
         else:
-            draw: Callable[..., Figure] = {"landscape": landscape, "gradient": gradient, "atlas": atlas}[args.figure]
-            figure = draw(*getattr(args, "given", ()), clip_range=args.clip_range, size=args.size)
+            draws: dict[str, Callable[..., Figure]] = {"landscape": landscape, "gradient": gradient, "atlas": atlas}
+            figure = draws[args.figure](*getattr(args, "given", ()), clip_range=args.clip_range, size=args.size)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     with figures.style(args.size):
