@@ -19,8 +19,11 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
-# That of Stable-Baselines3 and RL Zoo.
-html_theme = "sphinx_rtd_theme"
+# Light and dark, and readable on a telephone.
+html_theme = "furo"
+html_title = f"sb3-klip {version}"
+html_static_path = ["static"]
+html_css_files = ["figures.css"]
 
 myst_enable_extensions = ["amsmath", "dollarmath"]
 # Links to headings, as on GitHub.

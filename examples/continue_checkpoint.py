@@ -1,10 +1,10 @@
 """
-Train an agent of RL Zoo further, with another coefficient.
+Train an agent of RL Zoo further, with another coefficient and under the next version of its environment.
 
 The first argument is a zip file that RL Zoo has saved, such as one of rl-trained-agents, with its statistics beside it.
 Without it, a small one is trained with PPO first. On the command line:
 
-    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v4 -i agent.zip -params beta:"'soft_min'"
+    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v5 -i agent.zip -params beta:"'soft_min'"
 """
 
 import subprocess
@@ -19,11 +19,11 @@ from sb3_klip import KLipPPO, load_vecnormalize
 if len(sys.argv) > 1:
     agent = Path(sys.argv[1])
 else:
-    command = "-m rl_zoo3.train --algo ppo --env Hopper-v4 -n 20000 --seed 0 --eval-freq -1 --num-threads 1 -f ppo_logs"
+    command = "-m rl_zoo3.train --algo ppo --env Hopper-v4 -n 20000 --seed 0 --eval-freq -1 --num-threads 1 -f logs/continue"
     subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.DEVNULL)
-    agent = Path("ppo_logs/ppo/Hopper-v4_1/Hopper-v4.zip")
+    agent = Path("logs/continue/ppo/Hopper-v4_1/Hopper-v4.zip")
 
-env = make_vec_env("Hopper-v4")
+env = make_vec_env("Hopper-v5")
 env = load_vecnormalize(agent.with_suffix("") / "vecnormalize.pkl", env)
 model = KLipPPO.load(agent, env=env, beta="soft_min", device="cpu", verbose=0)
 

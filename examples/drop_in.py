@@ -5,8 +5,8 @@ from stable_baselines3 import PPO
 
 from sb3_klip import KLipPPO
 
-ppo = PPO("MlpPolicy", "CartPole-v1", seed=0, batch_size=60, device="cpu").learn(10_000)
-klip = KLipPPO("MlpPolicy", "CartPole-v1", seed=0, batch_size=60, device="cpu").learn(10_000)
+ppo = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=1_800, batch_size=60, device="cpu").learn(10_000)
+klip = KLipPPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=1_800, batch_size=60, device="cpu").learn(10_000)
 
 pairs = list(zip(ppo.policy.parameters(), klip.policy.parameters(), strict=True))
 identical = all(th.equal(a, b) for a, b in pairs)

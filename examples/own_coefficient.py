@@ -1,5 +1,7 @@
 """A coefficient of your own: a function of per-sample tensors that returns the removal g in β = -w Â g."""
 
+import tempfile
+
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import register
 from sb3_klip.surrogate import partition
@@ -14,5 +16,6 @@ def clip_by_age(ratio, advantages, clip_range, age, *, halflife=2.0):
 
 model = KLipPPO("MlpPolicy", "CartPole-v1", beta="clip_by_age", beta_kwargs={"halflife": 1.0}, reuse=3, seed=0, verbose=1)
 model.learn(20_000)
-model.save("clip_by_age")
-print(KLipPPO.load("clip_by_age").beta)
+with tempfile.TemporaryDirectory() as folder:
+    model.save(f"{folder}/clip_by_age")
+    print(KLipPPO.load(f"{folder}/clip_by_age").beta)

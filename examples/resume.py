@@ -13,8 +13,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_klip import KLipPPO, ResumableCheckpointCallback
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "resume_logs")
-env = VecNormalize(make_vec_env("Hopper-v4", n_envs=2))
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "logs/resume")
+env = VecNormalize(make_vec_env("Hopper-v5", n_envs=2))
 
 checkpoints = sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[2]))
 if checkpoints:

@@ -9,7 +9,7 @@ import sys
 
 command = (
     "-m rl_zoo3.train --algo klip_ppo --env CartPole-v1 -optimize --n-trials 5 --n-startup-trials 2 --n-evaluations 1 "
-    "-n 5000 --seed 0 --num-threads 1 --no-optim-plots -f tune_logs -params beta:'search'"
+    "-n 5000 --seed 0 --num-threads 1 --no-optim-plots -f logs/tune -params beta:'search'"
 )
 run = subprocess.run([sys.executable, *command.split()], check=True, stdout=subprocess.PIPE, text=True)
 print(run.stdout[run.stdout.index("Number of finished trials") :])

@@ -3,7 +3,7 @@ Watch a training and check that each of its updates is PPO's, bit for bit.
 
 On the command line, for any environment:
 
-    python -m sb3_klip.verify --env Hopper-v4
+    python -m sb3_klip.verify --env Hopper-v5 --hyperparams default
 """
 
 from sb3_klip import IdentityCheckCallback, KLipPPO

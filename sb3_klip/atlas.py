@@ -15,7 +15,6 @@ from sb3_klip import figures
 from sb3_klip.coefficients import FAMILY, Coefficient, Entry, entries, make
 from sb3_klip.trust_region import categorical_ratio_bounds, default_delta
 
-README = figures.SIZES["readme"]
 #: The probability that the action had under the rollout policy.
 PROBABILITY = 0.25
 #: The step of the episode.
@@ -125,36 +124,48 @@ def caption(entry: Entry) -> str:
     return (f"20{found[2]}, {found[1]}" if found else "") + "\n" + (", ".join(entry.aliases) or " ")
 
 
-def atlas(clip_range: float = 0.2, shape: tuple[float, float] = README) -> Figure:
+def check_clip_range(clip_range: float) -> None:
+    """
+    Refuse a clip range with which no figure can be drawn.
+
+    :param clip_range: half-width ε
+    :raises ValueError: if it is not between 0 and 1
+    """
+    if not 0 < clip_range < 1:
+        raise ValueError(f"clip_range={clip_range} must be between 0 and 1")
+
+
+def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
     :func:`multiplier` of every registered coefficient with its defaults, over the ratio, a panel for each.
 
-    To be drawn within :func:`sb3_klip.figures.style`.
-
     :param clip_range: half-width ε
-    :param shape: its first number is the width in inches; the height follows from the number of panels
+    :param size: one of :data:`sb3_klip.figures.SIZES`; the height follows from the number of panels
+    :raises ValueError: if an argument is not valid
     """
-    # Lengths in lines of text, so that titles have room at any size: of a panel, of what is above it, and of margins.
-    line = matplotlib.rcParams["font.size"] / 72
-    columns = int(shape[0] / (10.2 * line))
-    panels = layout(columns)
-    rows = panels[-1].row + 1
-    width, height = (shape[0] - 4 * line) / columns, 13.2 * line
-    figure = Figure(figsize=(shape[0], rows * height + 6 * line))
-    figure.set_layout_engine("none")
-    total = figure.get_figheight()
-    for panel in panels:
-        x, y = 3.4 * line + panel.column * width, 3.6 * line + (rows - 1 - panel.row) * height
-        axis = figure.add_axes((x / shape[0], y / total, (width - line) / shape[0], (height - 6 * line) / total))
-        _draw(axis, panel.entry, clip_range)
-        below = [other for other in panels if other.column == panel.column and other.row > panel.row]
-        axis.tick_params(labelleft=panel.column == 0, labelbottom=not below)
-        figure.text(x / shape[0], (y + height - 2 * line) / total, panel.heading, fontweight="bold")
-    figure.text(0.4 * line / shape[0], 1 - 1.5 * line / total, "multiplier of Â ∇log π(a|s)")
-    figure.text(0.5, 0.6 * line / total, f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", ha="center")
-    lines = figure.axes[0].get_lines()[-2:]
-    figure.legend(lines, ["Â > 0", "Â < 0"], loc="upper right", ncols=2, handlelength=2.2, borderaxespad=0.2)
-    return figure
+    check_clip_range(clip_range)
+    with figures.style(size) as shape:
+        # Lengths in lines of text, so that titles have room at any size: of a panel, of what is above it, and of margins.
+        line = matplotlib.rcParams["font.size"] / 72
+        columns = int(shape[0] / (10.2 * line))
+        panels = layout(columns)
+        rows = panels[-1].row + 1
+        width, height = (shape[0] - 4 * line) / columns, 13.2 * line
+        figure = Figure(figsize=(shape[0], rows * height + 6 * line))
+        figure.set_layout_engine("none")
+        total = figure.get_figheight()
+        for panel in panels:
+            x, y = 3.4 * line + panel.column * width, 3.6 * line + (rows - 1 - panel.row) * height
+            axis = figure.add_axes((x / shape[0], y / total, (width - line) / shape[0], (height - 6 * line) / total))
+            _draw(axis, panel.entry, clip_range)
+            below = [other for other in panels if other.column == panel.column and other.row > panel.row]
+            axis.tick_params(labelleft=panel.column == 0, labelbottom=not below)
+            figure.text(x / shape[0], (y + height - 2 * line) / total, panel.heading, fontweight="bold")
+        figure.text(0.4 * line / shape[0], 1 - 1.5 * line / total, "multiplier of Â ∇log π(a|s)")
+        figure.text(0.5, 0.6 * line / total, f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", ha="center")
+        lines = figure.axes[0].get_lines()[-2:]
+        figure.legend(lines, ["Â > 0", "Â < 0"], loc="upper right", ncols=2, handlelength=2.2, borderaxespad=0.2)
+        return figure
 
 
 def _draw(axis: Axes, entry: Entry, clip_range: float) -> None:

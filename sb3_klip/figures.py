@@ -9,6 +9,8 @@ import matplotlib
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from sb3_klip.errors import did_you_mean
+
 #: Width and height in inches of one panel row: for a README, and for one column of a two-column paper.
 SIZES = {"readme": (8.0, 3.2), "column": (3.4, 2.2)}
 #: Dash patterns, in points, of the lines of one panel, so that they can be told apart without colour.
@@ -22,7 +24,10 @@ def style(size: str = "readme") -> Iterator[tuple[float, float]]:
 
     :param size: one of :data:`SIZES`
     :return: width and height of one row of panels, in inches
+    :raises ValueError: if there is no such size
     """
+    if size not in SIZES:
+        raise ValueError(f"size={size!r} must be one of {', '.join(SIZES)}.{did_you_mean(size, SIZES)}")
     small = size == "column"
     settings: dict[str, Any] = {
         "axes.grid": True,

@@ -3,10 +3,9 @@
 import argparse
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,15 +22,14 @@ from sb3_klip.surrogate import per_sample_beta
 
 try:
     from sb3_klip import figures
-    from sb3_klip.atlas import atlas
+    from sb3_klip.atlas import atlas, check_clip_range
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
     print(f'Figures need {error.name}, which is not installed: pip install "sb3-klip[plots]"', file=sys.stderr)
     sys.exit(2)
 
-Shape: TypeAlias = tuple[float, float]
-README = figures.SIZES["readme"]
+__all__ = ["atlas", "beta", "distribution", "gradient", "gradient_multiplier", "landscape", "read_coefficient", "read_log"]
 
 #: Contours of β, each twice the one before; the colours end at twice the last.
 LEVELS = (0.5, 1.0, 2.0, 4.0)
@@ -39,6 +37,8 @@ LEVELS = (0.5, 1.0, 2.0, 4.0)
 MULTIPLIERS = (-1.5, 3.0)
 #: Points of a line: of more updates, means are drawn, as the dashes of a line cannot be told apart in noise.
 POINTS = 100
+#: Files of TensorBoard.
+EVENTS = "events.out.tfevents.*"
 FRACTIONS = ["train/kill_fraction", "train/pass_fraction"]
 WEIGHT = "train/beta_scalar"
 BETAS = [f"train/beta_p{level:02}" for level in PERCENTILES]
@@ -64,35 +64,44 @@ examples:
   python -m sb3_klip.plot atlas
   python -m sb3_klip.plot gradient step fixed:value=3,estimator=k3 sigmoid:temperature=0.1 --clip-range 0.1 --size column
 
-  model.learn(100_000, callback=sb3_klip.callbacks.CSVLogCallback("my_run/progress.csv"))   (in Python, then)
+  model = KLipPPO(..., tensorboard_log="my_run")   (in Python, or callback=CSVLogCallback("my_run/progress.csv"); then)
   python -m sb3_klip.plot distribution my_run
+
+The same in Python, as a matplotlib figure: sb3_klip.plot.gradient("step", "linear_ramp:width=0.2")
 """
 
 
-def read_coefficient(text: str) -> tuple[str, Coefficient]:
+def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str, Coefficient]:
     """
-    Read a coefficient as it is written on the command line.
+    Read a coefficient as it is written on the command line, or given in Python.
 
-    :param text: ``name`` or ``name:key=value,key=value``, the name as :func:`sb3_klip.coefficients.make` takes it
+    :param given: ``name`` or ``name:key=value,key=value``, the name as :func:`sb3_klip.coefficients.make` takes it; or a
+        coefficient, a function or an object
     :return: label for a figure, and the coefficient
     :raises ValueError: if a name or value is not valid, or the coefficient is no function of ratio and advantage
-    :raises TypeError: if a parameter is unknown or of a wrong type
+    :raises TypeError: if it is anything else, or a parameter is unknown or of a wrong type
     """
-    name, _, settings = text.rpartition(":")
-    label, parameters = f"{name} ({settings.replace(',', ', ')})", dict[str, Any]()
-    if "=" in settings:
-        parameters = {key: _number(value) for key, _, value in (setting.partition("=") for setting in settings.split(","))}
-    else:  # a plain name, or the function in module:function
-        name = label = text
-    coefficient = make(name, **parameters)
+    if isinstance(given, str):
+        name, _, settings = given.rpartition(":")
+        label, parameters = f"{name} ({settings.replace(',', ', ')})", dict[str, Any]()
+        if "=" in settings:
+            parameters = {key: _number(value) for key, _, value in (each.partition("=") for each in settings.split(","))}
+        else:  # a plain name, or the function in module:function
+            name = label = given
+        coefficient = make(name, **parameters)
+    elif callable(given):
+        coefficient = make(given)
+        name = label = getattr(given, "__name__", repr(coefficient))
+    else:
+        raise TypeError(f"{given!r} is no coefficient: give a name, as 'linear_ramp:width=0.2', a Coefficient or a function")
     if coefficient.estimator == "analytic":
         choice = f" Its estimates can be: '{name}:estimator=k3', or k1." if "estimator" in coefficient.parameters else ""
         raise ValueError(
-            f"{text!r} penalises the analytic KL divergence, which cannot be drawn over ratio and advantage.{choice}"
+            f"{given!r} penalises the analytic KL divergence, which cannot be drawn over ratio and advantage.{choice}"
         )
     if needs := [key for key in coefficient.requests if key != "progress"]:
         raise ValueError(
-            f"{text!r} cannot be drawn over ratio and advantage, as it also depends on {' and '.join(needs)}; the atlas has it"
+            f"{given!r} cannot be drawn over ratio and advantage: it also depends on {' and '.join(needs)}; the atlas has it"
         )
     return label, coefficient
 
@@ -127,135 +136,179 @@ def gradient_multiplier(
     return ratio + beta(coefficient, ratio, advantages, clip_range) / advantages
 
 
-def landscape(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, shape: Shape = README) -> Figure:
+def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
-    β over ratio and advantage, a panel for each coefficient; to be drawn within :func:`sb3_klip.figures.style`.
+    β over ratio and advantage, a panel for each coefficient.
 
-    :param coefficients: by label
+    :param coefficients: each as :func:`read_coefficient` takes it; without any, a few that differ
     :param clip_range: half-width ε
-    :param shape: width and height of one row of panels, in inches
+    :param size: one of :data:`sb3_klip.figures.SIZES`
+    :raises ValueError: if an argument is not valid, or a coefficient is no function of ratio and advantage
+    :raises TypeError: if something is no coefficient
     """
-    columns = min(len(coefficients), 3)
-    rows = -(-len(coefficients) // columns)
-    size = (shape[0], rows * shape[1])
-    figure = Figure(figsize=size)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    ratio, advantages = np.meshgrid(_centres(0, 2, 400), _centres(-2, 2, 400))
-    norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
-    levels = [*(-level for level in reversed(LEVELS)), *LEVELS]
-    signs = ["-" if level > 0 else "--" for level in levels]
-    for axis, (label, coefficient) in zip(axes.flat, coefficients.items(), strict=False):
-        values = beta(coefficient, ratio, advantages, clip_range)
-        image = axis.imshow(values, "vlag", norm, extent=(0, 2, -2, 2), origin="lower", aspect="auto")
-        axis.contour(ratio, advantages, values, levels, colors="black", linewidths=0.6, linestyles=signs)
-        for bound in (1 - clip_range, 1 + clip_range):
-            axis.axvline(bound, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(textwrap.fill(label, _characters(shape[0] / columns)), fontsize="medium")
-        axis.set(xticks=(0, 1, 2), yticks=(-2, -1, 0, 1, 2))
-        axis.grid(False)
-    for axis, above in zip(axes.flat[len(coefficients) :], axes.flat[len(coefficients) - columns :], strict=False):
-        axis.set_axis_off()
-        above.tick_params(labelbottom=True)
-    figure.supxlabel(f"importance ratio w (dotted: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
-    figure.supylabel("advantage Â", fontsize="medium")
-    bar = figure.colorbar(image, ax=axes, aspect=20 * rows, extend="both", ticks=[*levels, 0], format="{x:g}")
-    bar.set_label("β (solid: > 0, dashed: < 0)")
-    bar.minorticks_off()
-    return figure
+    check_clip_range(clip_range)
+    drawn = _read(coefficients or DEFAULTS["landscape"])
+    with figures.style(size) as shape:
+        columns = min(len(drawn), 3)
+        rows = -(-len(drawn) // columns)
+        figure = Figure(figsize=(shape[0], rows * shape[1]))
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        ratio, advantages = np.meshgrid(_centres(0, 2, 400), _centres(-2, 2, 400))
+        norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
+        levels = [*(-level for level in reversed(LEVELS)), *LEVELS]
+        signs = ["-" if level > 0 else "--" for level in levels]
+        for axis, (label, coefficient) in zip(axes.flat, drawn.items(), strict=False):
+            values = beta(coefficient, ratio, advantages, clip_range)
+            image = axis.imshow(values, "vlag", norm, extent=(0, 2, -2, 2), origin="lower", aspect="auto")
+            axis.contour(ratio, advantages, values, levels, colors="black", linewidths=0.6, linestyles=signs)
+            for bound in (1 - clip_range, 1 + clip_range):
+                axis.axvline(bound, color="black", linewidth=0.8, linestyle=":")
+            axis.set_title(textwrap.fill(label, _characters(shape[0] / columns)), fontsize="medium")
+            axis.set(xticks=(0, 1, 2), yticks=(-2, -1, 0, 1, 2))
+            axis.grid(False)
+        for axis, above in zip(axes.flat[len(drawn) :], axes.flat[len(drawn) - columns :], strict=False):
+            axis.set_axis_off()
+            above.tick_params(labelbottom=True)
+        figure.supxlabel(f"importance ratio w (dotted: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
+        figure.supylabel("advantage Â", fontsize="medium")
+        bar = figure.colorbar(image, ax=axes, aspect=20 * rows, extend="both", ticks=[*levels, 0], format="{x:g}")
+        bar.set_label("β (solid: > 0, dashed: < 0)")
+        bar.minorticks_off()
+        return figure
 
 
-def gradient(coefficients: Mapping[str, Coefficient], clip_range: float = 0.2, shape: Shape = README) -> Figure:
+def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
-    :func:`gradient_multiplier` over the ratio, for advantages of +1 and -1; to be drawn within :func:`sb3_klip.figures.style`.
+    What multiplies the gradient of a sample (:func:`gradient_multiplier`) over the ratio, for advantages of +1 and -1.
 
-    :param coefficients: by label
+    :param coefficients: each as :func:`read_coefficient` takes it; without any, a few that differ
     :param clip_range: half-width ε
-    :param shape: width, and height without the legend, in inches
+    :param size: one of :data:`sb3_klip.figures.SIZES`
+    :raises ValueError: if an argument is not valid, or a coefficient is no function of ratio and advantage
+    :raises TypeError: if something is no coefficient
     """
-    characters = [len(label) + 7 for label in coefficients]
-    room = _characters(shape[0])
-    columns = len(characters) if sum(characters) <= room else max(1, room // max(characters))
-    legend = -(-len(characters) // columns) * 1.6 * matplotlib.rcParams["font.size"] / 72
-    figure = Figure(figsize=(shape[0], shape[1] + legend))
-    axes = figure.subplots(1, 2, sharey=True)
-    ratio = _centres(0, 2, 1000)
-    shown = list(MULTIPLIERS)
-    for axis, sign in zip(axes, (1, -1), strict=True):
-        axis.axvspan(1 - clip_range, 1 + clip_range, color="0.9")
-        axis.axhline(0, color="black", linewidth=0.6)
-        for coefficient, line in zip(coefficients.values(), figures.line_styles(len(coefficients)), strict=True):
-            multiplier = gradient_multiplier(coefficient, ratio, np.full_like(ratio, sign), clip_range)
-            axis.plot(ratio, multiplier, **line)
-            shown.extend(multiplier[np.abs(ratio - 1) < clip_range])
-        axis.set_title("Â = +1" if sign > 0 else "Â = −1", fontsize="medium")
-        axis.set(xlim=(0, 2), xticks=(0, 0.5, 1, 1.5, 2), xticklabels=("0", "0.5", "1", "1.5", "2"))
-    low, high = axes[0].get_ylim()
-    axes[0].set(ylabel="multiplier of Â ∇log π(a|s)", ylim=(max(low, min(shown)), min(high, max(shown))))
-    figure.supxlabel(f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
-    lines = axes[0].get_lines()[1:]
-    figure.legend(lines, list(coefficients), loc="outside upper center", ncols=columns, handlelength=3)
-    return figure
+    check_clip_range(clip_range)
+    drawn = _read(coefficients or DEFAULTS["gradient"])
+    with figures.style(size) as shape:
+        characters = [len(label) + 7 for label in drawn]
+        room = _characters(shape[0])
+        columns = len(characters) if sum(characters) <= room else max(1, room // max(characters))
+        legend = -(-len(characters) // columns) * 1.6 * matplotlib.rcParams["font.size"] / 72
+        figure = Figure(figsize=(shape[0], shape[1] + legend))
+        axes = figure.subplots(1, 2, sharey=True)
+        ratio = _centres(0, 2, 1000)
+        shown = list(MULTIPLIERS)
+        for axis, sign in zip(axes, (1, -1), strict=True):
+            axis.axvspan(1 - clip_range, 1 + clip_range, color="0.9")
+            axis.axhline(0, color="black", linewidth=0.6)
+            for coefficient, line in zip(drawn.values(), figures.line_styles(len(drawn)), strict=True):
+                multiplier = gradient_multiplier(coefficient, ratio, np.full_like(ratio, sign), clip_range)
+                axis.plot(ratio, multiplier, **line)
+                shown.extend(multiplier[np.abs(ratio - 1) < clip_range])
+            axis.set_title("Â = +1" if sign > 0 else "Â = −1", fontsize="medium")
+            axis.set(xlim=(0, 2), xticks=(0, 0.5, 1, 1.5, 2), xticklabels=("0", "0.5", "1", "1.5", "2"))
+        low, high = axes[0].get_ylim()
+        axes[0].set(ylabel="multiplier of Â ∇log π(a|s)", ylim=(max(low, min(shown)), min(high, max(shown))))
+        figure.supxlabel(f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
+        lines = axes[0].get_lines()[1:]
+        figure.legend(lines, list(drawn), loc="outside upper center", ncols=columns, handlelength=3)
+        return figure
 
 
-def distribution(log: pd.DataFrame, shape: Shape = README) -> Figure:
+def distribution(run: str | Path | pd.DataFrame, size: str = "readme") -> Figure:
     """
-    Percentiles of β, and the kill and pass fractions, over a run; to be drawn within :func:`sb3_klip.figures.style`.
+    Percentiles of β, and the kill and pass fractions, over a run.
 
     The analytic KL divergence has no β per sample. Where it is penalised, its weight is drawn.
 
-    :param log: as from :func:`read_log`
-    :param shape: width and height of one row of panels, in inches
+    :param run: as :func:`read_log` takes it, or what it returns
+    :param size: one of :data:`sb3_klip.figures.SIZES`
+    :raises ValueError: if there is no log of KLip-PPO, or more than one
+    :raises TypeError: if it is neither a path nor a log
     """
-    rows, columns = (2, 1) if shape[0] < 5 else (1, 2)
-    figure = Figure(figsize=(shape[0], rows * shape[1]))
-    left, right = figure.subplots(rows, columns, sharex=True)
-    updates = -(-len(log) // POINTS)
-    log = log.groupby(np.arange(len(log)) // updates).mean()
-    steps = log["time/total_timesteps"]
-    if WEIGHT in log and not log[BETAS].any(axis=None):
-        left.plot(steps, log[WEIGHT], color="black", label="weight on the KL divergence")
-        left.set_ylabel("b")
-    else:
-        for i, grey in enumerate(("0.85", "0.7", "0.5")):
-            label = f"{PERCENTILES[i]}–{PERCENTILES[-1 - i]} %"
-            left.fill_between(steps, log[BETAS[i]], log[BETAS[-1 - i]], color=grey, linewidth=0, label=label)
-        left.plot(steps, log["train/beta_p50"], color="black", label="median")
-        left.set_ylabel("β")
-    for key, line in zip(FRACTIONS, figures.line_styles(2), strict=True):
-        right.plot(steps, log[key], label=key.removeprefix("train/").replace("_", " "), **line)
-    right.set(ylabel="share of samples", ylim=(0, None))
-    for axis in (left, right):
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, columnspacing=1, handlelength=1.5)
-        axis.xaxis.set_major_formatter(EngFormatter())
-    figure.supxlabel("environment steps" + f" (means of {updates} updates)" * (updates > 1), fontsize="medium")
-    return figure
+    log = run if isinstance(run, pd.DataFrame) else read_log(run)
+    with figures.style(size) as shape:
+        rows, columns = (2, 1) if shape[0] < 5 else (1, 2)
+        figure = Figure(figsize=(shape[0], rows * shape[1]))
+        left, right = figure.subplots(rows, columns, sharex=True)
+        updates = -(-len(log) // POINTS)
+        log = log.groupby(np.arange(len(log)) // updates).mean()
+        steps = log["time/total_timesteps"]
+        if WEIGHT in log and not log[BETAS].any(axis=None):
+            left.plot(steps, log[WEIGHT], color="black", label="weight on the KL divergence")
+            left.set_ylabel("b")
+        else:
+            for i, grey in enumerate(("0.85", "0.7", "0.5")):
+                label = f"{PERCENTILES[i]}–{PERCENTILES[-1 - i]} %"
+                left.fill_between(steps, log[BETAS[i]], log[BETAS[-1 - i]], color=grey, linewidth=0, label=label)
+            left.plot(steps, log["train/beta_p50"], color="black", label="median")
+            left.set_ylabel("β")
+        for key, line in zip(FRACTIONS, figures.line_styles(2), strict=True):
+            right.plot(steps, log[key], label=key.removeprefix("train/").replace("_", " "), **line)
+        right.set(ylabel="share of samples", ylim=(0, None))
+        for axis in (left, right):
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, columnspacing=1, handlelength=1.5)
+            axis.xaxis.set_major_formatter(EngFormatter())
+        figure.supxlabel("environment steps" + f" (means of {updates} updates)" * (updates > 1), fontsize="medium")
+        return figure
 
 
-def read_log(run: Path) -> pd.DataFrame:
+def read_log(run: str | Path) -> pd.DataFrame:
     """
     The log of a run, from its first update on.
 
-    :param run: a ``progress.csv`` that :class:`~sb3_klip.callbacks.CSVLogCallback` wrote, or a folder with one below it
-    :raises ValueError: if there is no such file, or more than one, or it does not have what is drawn
+    :param run: a ``progress.csv`` that :class:`~sb3_klip.callbacks.CSVLogCallback` wrote, a log for TensorBoard, or a folder
+        with one of them below it; a CSV file is preferred
+    :return: a row per update, with the keys of the logger as columns
+    :raises ValueError: if there is no such log, or more than one, or it does not have what is drawn
+    :raises TypeError: if it is no path
     """
+    if not isinstance(run, str | Path):
+        raise TypeError(f"run must be the path of a progress.csv, of a TensorBoard log or of a folder with one, not {run!r}")
+    run = Path(run)
     if not run.exists():
         hint = did_you_mean(run.name, (path.name for path in run.parent.glob("*")))
-        raise ValueError(f"run {str(run)!r} does not exist; it must be a progress.csv, or a folder with one below it.{hint}")
-    files = sorted(run.rglob("progress.csv")) if run.is_dir() else [run]
-    if len(files) != 1:
-        found = "".join(f"\n  {file}" for file in files) or " none; sb3_klip.callbacks.CSVLogCallback writes it."
-        raise ValueError(f"run {str(run)!r} must have exactly one progress.csv below it, but has{found}")
+        raise ValueError(
+            f"run {str(run)!r} does not exist; it must be a progress.csv, a log for TensorBoard or a folder with one.{hint}"
+        )
+    logs = sorted(run.rglob("progress.csv")) or sorted({file.parent for file in run.rglob(EVENTS)}) if run.is_dir() else [run]
+    if len(logs) != 1:
+        found = (
+            "".join(f"\n  {log}" for log in logs) or " none; CSVLogCallback writes the first, tensorboard_log=… the second."
+        )
+        raise ValueError(f"run {str(run)!r} must have exactly one progress.csv or TensorBoard log below it, but has{found}")
     needed = ["time/total_timesteps", *FRACTIONS, *BETAS]
-    numbers = dict.fromkeys((*needed, WEIGHT), float)
-    try:
-        log = pd.read_csv(files[0], usecols=lambda column: column in numbers, dtype=numbers)
-    except ValueError as error:  # pandas' own errors are, and so are those of a file that is no text
-        raise ValueError(f"run {str(files[0])!r} is no log in CSV: {error}") from error
+    read = _read_events if logs[0].is_dir() or logs[0].match(EVENTS) else _read_csv
+    log = read(logs[0], [*needed, WEIGHT])
     missing = [key for key in needed if key not in log]
     if missing or (log := log.dropna(subset=needed)).empty:
         lacks = ", ".join(missing) or "complete row"
-        raise ValueError(f"run {str(files[0])!r} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
+        raise ValueError(f"run {str(logs[0])!r} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
     return log
+
+
+def _read_csv(file: Path, keys: Collection[str]) -> pd.DataFrame:
+    try:
+        return pd.read_csv(file, usecols=lambda column: column in keys, dtype=dict.fromkeys(keys, float))
+    except ValueError as error:  # pandas' own errors are, and so are those of a file that is no text
+        raise ValueError(f"run {str(file)!r} is no log in CSV: {error}") from error
+
+
+def _read_events(log: Path, keys: Collection[str]) -> pd.DataFrame:
+    """What SB3 wrote for TensorBoard, in which the steps are not a key of their own."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError as error:
+        raise ValueError(f'to read the TensorBoard log {str(log)!r}: pip install "sb3-klip[extra]"') from error
+    events = EventAccumulator(str(log), {"scalars": 0}).Reload()  # all of them
+    scalars = {key: events.Scalars(key) for key in keys if key in events.Tags()["scalars"]}
+    columns = {key: pd.Series({each.step: each.value for each in values}) for key, values in scalars.items()}
+    return pd.DataFrame(columns, dtype=float).rename_axis("time/total_timesteps").sort_index().reset_index().astype(float)
+
+
+def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]]) -> dict[str, Coefficient]:
+    """Coefficients by what they are called in a figure."""
+    return dict(map(read_coefficient, coefficients))
 
 
 def _centres(low: float, high: float, count: int) -> np.ndarray:
@@ -294,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
             bounds = "half-width of the band around a ratio of 1 (default: %(default)s)"
             command.add_argument("--clip-range", metavar="E", type=float, default=0.2, help=bounds)
         else:
-            where = "a progress.csv of CSVLogCallback, or a folder with one below it"
+            where = "a progress.csv of CSVLogCallback, a TensorBoard log, or a folder with one below it"
             command.add_argument("given", metavar="RUN", type=Path, help=where)
         where = f"files to write, without .svg and .png, or a folder (default: ./{name})"
         command.add_argument("-o", "--output", metavar="PATH", type=Path, default=Path(), help=where)
@@ -325,19 +378,13 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         args = parser.parse_args(argv)
         _one_of("--size", args.size, figures.SIZES)
         if args.figure == "distribution":
-            draw = partial(distribution, read_log(args.given))
+            figure = distribution(args.given, args.size)
         else:
-            if not 0 < args.clip_range < 1:
-                raise ValueError(f"--clip-range: {args.clip_range} must be between 0 and 1")
-            if args.figure == "atlas":
-                draw = partial(atlas, args.clip_range)
-            else:
-                function = landscape if args.figure == "landscape" else gradient
-                draw = partial(function, dict(map(read_coefficient, args.given)), args.clip_range)
+            draws: dict[str, Callable[..., Figure]] = {"landscape": landscape, "gradient": gradient, "atlas": atlas}
+            figure = draws[args.figure](*getattr(args, "given", ()), clip_range=args.clip_range, size=args.size)
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
-    with figures.style(args.size) as shape:
-        figure = draw(shape)
+    with figures.style(args.size):
         path = args.output / args.figure if args.output.is_dir() else args.output
         try:
             print(*figures.save(figure, path.with_suffix("") if path.suffix in (".svg", ".png") else path), sep="\n")

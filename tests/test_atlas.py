@@ -80,9 +80,7 @@ def test_a_new_coefficient_appears_by_itself():
     panel = layout(6)[-1]
     assert (panel.entry.name, panel.heading) == ("only_here", "your own")
     assert caption(panel.entry) == "2030, 3012.00001\nmine"
-    with figures.style() as shape:
-        figure = atlas(shape=shape)
-    axis = figure.axes[-1]
+    axis = atlas().axes[-1]
     assert axis.texts[0].get_text() == "only_here"
     ratio, drawn = axis.get_lines()[-1].get_data()
     np.testing.assert_allclose(drawn, ratio * (1 - 0.5 * PROBABILITY))
@@ -96,8 +94,8 @@ def test_a_coefficient_without_a_paper_has_its_name():
 
 @pytest.mark.parametrize("size", figures.SIZES)
 def test_titles_stay_within_their_columns(size):
-    with figures.style(size) as shape:
-        figure = atlas(0.1, shape)
+    with figures.style(size):
+        figure = atlas(0.1, size)
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)
     boxes = [text.get_window_extent(renderer) for axis in figure.axes for text in axis.texts]

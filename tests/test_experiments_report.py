@@ -173,21 +173,21 @@ def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("suite", "in_report", "in_readme"),
+    ("suite", "in_report", "in_docs"),
     [
-        ("paper", "## Against the paper", "## Results"),
-        ("coefficients", "## Return in the last", "### Beyond the paper's coefficients"),
+        ("paper", "## Against the paper", "## The paper's table"),
+        ("coefficients", "## Return in the last", "## Beyond the paper's coefficients"),
         ("knobs", None, None),
     ],
 )
-def test_committed_report_and_the_readme_are_of_the_committed_results(tmp_path, suite, in_report, in_readme):
+def test_committed_report_and_the_documentation_are_of_the_committed_results(tmp_path, suite, in_report, in_docs):
     committed = ROOT / "results" / suite
     folder = shutil.copytree(committed, tmp_path / suite, ignore=shutil.ignore_patterns("runs", "figures"))
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert text == (committed / "report.md").read_text()
-    if in_readme:
-        assert table((ROOT / "README.md").read_text(), in_readme) == table(text, in_report)
+    if in_docs:
+        assert table((ROOT / "docs/results.md").read_text(), in_docs) == table(text, in_report)
 
 
 def test_refuses_what_is_no_suite(tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_only_trainings_on_one_kind_of_processor_are_compared():
 
 
 def test_committed_results_are_read_and_identical():
-    """What the README shows is made from these."""
+    """What the documentation shows is made from these."""
     for folder in sorted(Path(__file__).parents[1].glob("results/*/suite.json")):
         manifest, results = report.read_folder(folder.parent)
         assert manifest["suite"] == folder.parent.name

@@ -5,10 +5,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from stable_baselines3.common.logger import TensorBoardOutputFormat
 
 from sb3_klip import KLipPPO, figures, plot
 from sb3_klip.callbacks import CSVLogCallback
-from sb3_klip.plot import beta, distribution, gradient, gradient_multiplier, landscape, main, read_coefficient, read_log
+from sb3_klip.coefficients import make
+from sb3_klip.plot import atlas, beta, distribution, gradient, gradient_multiplier, landscape, main, read_coefficient, read_log
 
 OWN = """
 def half(ratio, advantages, clip_range, progress, *, strength=0.5):
@@ -38,10 +40,6 @@ def _empty_folder(tmp_path, monkeypatch):
 def own(tmp_path):
     """A coefficient of the user's own."""
     (tmp_path / "own_module.py").write_text(OWN)
-
-
-def made(*texts):
-    return dict(read_coefficient(text) for text in texts)
 
 
 def logged(rows, **columns):
@@ -109,7 +107,7 @@ def test_coefficients_as_they_are_written(text, label, name, parameters):
 
 
 def test_landscape_has_the_values_in_their_places():
-    figure = landscape(made("step", "quadratic"))
+    figure = landscape("step", "quadratic")
     panel = figure.axes[0]
     (image,) = panel.images
     values = np.asarray(image.get_array())
@@ -122,7 +120,7 @@ def test_landscape_has_the_values_in_their_places():
 
 
 def test_sign_shows_without_colour():
-    figure = landscape(made("quadratic"))
+    figure = landscape("quadratic")
     (contours,) = figure.axes[0].collections
     assert {(level > 0, line) for level, line in zip(contours.levels, contours.linestyles, strict=True)} == {
         (True, "-"),
@@ -133,7 +131,7 @@ def test_sign_shows_without_colour():
 @pytest.mark.parametrize("count", [1, 3, 4, 6])
 def test_panels_that_are_used_are_all_labelled(count):
     names = ["step", "none", "quadratic", "rollback", "sigmoid", "soft_min"][:count]
-    figure = landscape(made(*names))
+    figure = landscape(*names)
     figure.canvas.draw()
     panels = [axis for axis in figure.axes if axis.images]
     assert [panel.get_title() for panel in panels] == names
@@ -142,17 +140,17 @@ def test_panels_that_are_used_are_all_labelled(count):
 
 
 def test_gradient_lines_can_be_told_apart_without_colour():
-    figure = gradient(made(*SOME))
+    figure = gradient(*SOME)
     for panel in figure.axes:
         lines = [line for line in panel.get_lines() if len(line.get_xdata()) > 2]
         assert len({line.get_linestyle() for line in lines}) == len(SOME)
         lightness = [np.dot(to_rgb(line.get_color()), (0.299, 0.587, 0.114)) for line in lines]
         assert np.diff(lightness).min() > 0.05
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(made(*SOME))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [read_coefficient(text)[0] for text in SOME]
 
 
 def test_gradient_shows_both_signs_of_the_advantage():
-    positive, negative = gradient(made("step")).axes
+    positive, negative = gradient("step").axes
     for panel, killed in ((positive, 1.5), (negative, 0.5)):
         line = panel.get_lines()[-1]
         ratio, multiplier = line.get_data()
@@ -163,7 +161,7 @@ def test_gradient_shows_both_signs_of_the_advantage():
 
 @pytest.mark.parametrize(("text", "low", "high"), [("quadratic", -1.5, 3.0), ("fixed:value=10,estimator=k1", -9.3, 11.3)])
 def test_gradient_shows_the_band_whole_and_no_more_than_is_legible(text, low, high):
-    assert gradient(made("step", text)).axes[0].get_ylim() == pytest.approx((low, high), abs=0.15)
+    assert gradient("step", text).axes[0].get_ylim() == pytest.approx((low, high), abs=0.15)
 
 
 def test_a_run_is_drawn_as_it_was_logged(run):
@@ -178,6 +176,63 @@ def test_a_run_is_drawn_as_it_was_logged(run):
         assert line.get_label() == f"{key} fraction"
     assert len({line.get_linestyle() for line in right.get_lines()}) == 2
     assert read_log(run / "deep" / "er" / "progress.csv").equals(log)
+
+
+def test_a_log_for_tensorboard_is_read_as_the_csv_file_is(run, tmp_path):
+    log = read_log(run)
+    folder = tmp_path / "runs" / "KLipPPO_1"
+    writer = TensorBoardOutputFormat(str(folder))
+    for row in log.to_dict("records"):
+        step = int(row.pop("time/total_timesteps"))
+        writer.write(row, dict.fromkeys(row, ()), step)
+    writer.close()
+    expected = log.reset_index(drop=True)
+    pd.testing.assert_frame_equal(read_log(tmp_path), expected, check_like=True, rtol=1e-6)
+    (file,) = folder.iterdir()
+    pd.testing.assert_frame_equal(read_log(file), read_log(str(folder)))
+
+
+def test_coefficients_as_python_has_them():
+    def halved(ratio, advantages, clip_range):
+        return 0.5 * (ratio > 1)
+
+    drawn = gradient("linear_ramp:width=0.2", make("sigmoid", temperature=0.1), halved)
+    labels = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert labels == ["linear_ramp (width=0.2)", "sigmoid(temperature=0.1)", "halved"]
+    ratio, multiplier = drawn.axes[0].get_lines()[-1].get_data()
+    np.testing.assert_allclose(multiplier, np.where(ratio > 1, 0.5, 1) * ratio, rtol=1e-6)
+    assert len([axis for axis in landscape().axes if axis.images]) == len(plot.DEFAULTS["landscape"])
+
+
+@pytest.mark.parametrize("draw", [gradient, distribution])
+def test_a_figure_from_python_is_that_of_the_command_line(draw, run, tmp_path):
+    given = (run,) if draw is distribution else ()
+    assert main([draw.__name__, *map(str, given), "--size", "column"]) == 0
+    with figures.style("column"):
+        figures.save(draw(*given, size="column"), tmp_path / "python")
+    assert (tmp_path / "python.svg").read_bytes() == (tmp_path / f"{draw.__name__}.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (
+            lambda: gradient(3),
+            TypeError,
+            "3 is no coefficient: give a name, as 'linear_ramp:width=0.2', a Coefficient or a func",
+        ),
+        (lambda: landscape("step", None), TypeError, "None is no coefficient"),
+        (lambda: gradient("stp"), ValueError, "Did you mean 'step'"),
+        (lambda: gradient("step", clip_range=2), ValueError, "clip_range=2 must be between 0 and 1"),
+        (lambda: atlas(size="colum"), ValueError, "size='colum' must be one of readme, column. Did you mean 'column'"),
+        (lambda: atlas(0.0), ValueError, "clip_range=0.0"),
+        (lambda: distribution(3), TypeError, "run must be the path of a progress.csv, of a TensorBoard log or of a folder"),
+        (lambda: distribution("nowhere"), ValueError, "run 'nowhere' does not exist"),
+    ],
+)
+def test_python_is_told_what_to_give(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()
 
 
 def test_bands_lie_between_their_percentiles():
@@ -250,10 +305,10 @@ ERRORS = [
     ("landscape trust_region", ["'trust_region'", "also depends on kl", "the atlas has it"]),
     ("gradient trgppo", ["'trgppo'", "also depends on least_ratio and greatest_ratio"]),
     ("atlas step", ["unrecognized arguments: step"]),
-    ("atlas --clip-range 1", ["--clip-range: 1.0", "between 0 and 1"]),
+    ("atlas --clip-range 1", ["clip_range=1.0", "between 0 and 1"]),
     ("landscape position", ["'position'", "also depends on position"]),
-    ("gradient --clip-range 1", ["--clip-range: 1.0", "between 0 and 1"]),
-    ("gradient --clip-range nan", ["--clip-range: nan", "between 0 and 1"]),
+    ("gradient --clip-range 1", ["clip_range=1.0", "between 0 and 1"]),
+    ("gradient --clip-range nan", ["clip_range=nan", "between 0 and 1"]),
     ("gradient --clip-range wide", ["--clip-range", "'wide'"]),
     ("gradient --size colum", ["--size: 'colum'", "readme, column", "Did you mean 'column'?"]),
     ("gradient --output a_file/figure", ["--output: 'a_file", "cannot be written"]),
@@ -261,6 +316,10 @@ ERRORS = [
     ("distribution a_fil", ["run 'a_fil' does not exist", "progress.csv", "Did you mean 'a_file'?"]),
     ("distribution empty", ["run 'empty'", "none", "CSVLogCallback"]),
     ("distribution two", ["run 'two'", "exactly one", "one", "progress.csv", "other"]),
+    (
+        "distribution tensorboard",
+        ["run 'tensorboard'", "no train/kill_fraction, ", "no log of KLip-PPO"],
+    ),
     ("distribution a_file", ["run 'a_file'", "no train/kill_fraction, ", "no log of KLip-PPO"]),
     ("distribution header", ["run 'header'", "no complete row", "no update yet"]),
     ("distribution words", ["run 'words'", "no log in CSV", "high"]),
@@ -271,8 +330,9 @@ ERRORS = [
 
 @pytest.mark.parametrize(("arguments", "parts"), ERRORS)
 def test_errors_say_what_to_write_instead(arguments, parts, tmp_path, capsys):
-    for path in ("empty", "two/one", "two/other"):
+    for path in ("empty", "two/one", "two/other", "tensorboard"):
         (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "tensorboard" / "events.out.tfevents.1").touch()
     logged(1).to_csv("two/one/progress.csv")
     logged(1).to_csv("two/other/progress.csv")
     logged(1)[:0].to_csv("header")

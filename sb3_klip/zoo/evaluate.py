@@ -1,0 +1,152 @@
+"""What RL Zoo's latest training achieved, and what to type next: ``python -m sb3_klip.zoo.evaluate --env Hopper-v4``."""
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rl_zoo3.import_envs  # noqa: F401
+from huggingface_sb3 import EnvironmentName
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS, create_test_env, get_latest_run_id, get_saved_hyperparams
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_klip.checkpoints.zoo_run import read_zoo_yaml
+from sb3_klip.errors import did_you_mean
+from sb3_klip.zoo.agents import EPISODES
+from sb3_klip.zoo.registration import ALGORITHMS, register
+
+
+class Run(NamedTuple):
+    """
+    A run of ``rl_zoo3.train``.
+
+    :param folder: the zoo's log folder
+    :param algo: algorithm, as the zoo names it
+    :param env: environment
+    :param number: its number among the runs of this algorithm on this environment, from 1
+    """
+
+    folder: Path
+    algo: str
+    env: EnvironmentName
+    number: int
+
+    @property
+    def path(self) -> Path:
+        """Its own folder."""
+        return self.folder / self.algo / f"{self.env}_{self.number}"
+
+    @property
+    def agents(self) -> dict[str, Path]:
+        """The last agent, and the one with the best evaluation, each where it lies, if it was saved."""
+        files = {"last": self.path / f"{self.env}.zip", "best": self.path / "best_model.zip"}
+        return {label: file for label, file in files.items() if file.is_file()}
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``rl_zoo3.train`` was called with."""
+        return read_zoo_yaml(self.path / self.env / "args.yml")
+
+    def tensorboard_log(self) -> Path | None:
+        """The newest log for TensorBoard of a run on this environment, if any was written."""
+        folder = self.arguments()["tensorboard_log"]
+        files = list(Path(folder, self.env).glob("*/events.out.tfevents.*")) if folder else []
+        return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
+
+
+def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float]:
+    """
+    The return of an agent, played as ``rl_zoo3.enjoy`` plays it: with its statistics and, outside of Atari, deterministically.
+
+    :param run: its run
+    :param agent: its checkpoint
+    :param seed: of the environment
+    :return: mean and standard deviation over :data:`~sb3_klip.zoo.agents.EPISODES` episodes
+    """
+    hyperparams, statistics = get_saved_hyperparams(str(run.path / run.env), test_mode=True)
+    env_kwargs = run.arguments()["env_kwargs"] or hyperparams.pop("env_kwargs", None)
+    id_ = run.env.gym_id
+    with contextlib.redirect_stdout(io.StringIO()):  # the zoo says which statistics it loads
+        env = create_test_env(id_, 1, statistics, seed, None, False, hyperparams, env_kwargs)
+    model = ALGOS[run.algo].load(agent, device="cpu")
+    mean, std = evaluate_policy(model, env, EPISODES, deterministic=not ExperimentManager.is_atari(id_))
+    env.close()
+    return float(mean), float(std)  # type: ignore[arg-type]
+
+
+def next_commands(run: Run, best: bool) -> dict[str, str]:
+    """
+    What to type to watch, film and plot an agent.
+
+    :param run: its run
+    :param best: whether the best agent is meant, not the last
+    :return: the command for each
+    """
+    agent = f"--algo {run.algo} --env {run.env.gym_id} -f {run.folder}{' --load-best' if best else ''}"
+    # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
+    drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
+    log = run.tensorboard_log() if run.algo in ALGORITHMS else None
+    plot = (
+        f"sb3_klip.plot distribution {log}" if log else f"rl_zoo3.plots.plot_train -a {run.algo} -e {run.env} -f {run.folder}"
+    )
+    return {
+        "watch": f"{_python()} -m rl_zoo3.enjoy {agent}",
+        "film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}",
+        "plot": f"{_python()} -m {plot}",
+    }
+
+
+def _python() -> str:
+    """This Python, as it is typed: ``python`` where that is the one, as in an activated virtual environment."""
+    found = shutil.which("python")
+    if found and Path(found).absolute() == Path(sys.executable).absolute():
+        return "python"
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Evaluate the last and the best agent of the latest run, and print how to go on.
+
+    :param argv: arguments of the command line; None for those of the process
+    :return: exit status
+    :raises SystemExit: if an argument is not valid; its code is 2
+    """
+    parser = argparse.ArgumentParser(
+        "python -m sb3_klip.zoo.evaluate", description="Evaluate the agents of RL Zoo's latest run."
+    )
+    parser.add_argument("--algo", default="klip_ppo", help="algorithm (default: %(default)s)")
+    parser.add_argument("--env", type=EnvironmentName, required=True, help="id of the environment")
+    parser.add_argument("-f", "--folder", type=Path, default=Path("logs"), help="RL Zoo's log folder (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: %(default)s)")
+    args = parser.parse_args(argv)
+    register()
+    if args.algo not in ALGOS:
+        parser.error(f"--algo: {args.algo!r} must be one of {', '.join(sorted(ALGOS))}.{did_you_mean(args.algo, ALGOS)}")
+    run = Run(args.folder, args.algo, args.env, get_latest_run_id(str(args.folder / args.algo), args.env))
+    agents = run.agents
+    if "last" not in agents:
+        finished = sorted({path.stem for path in args.folder.glob(f"{args.algo}/*_*/*-v*.zip")})
+        parser.error(
+            f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}, but on "
+            f"{', '.join(finished) or 'nothing'}.{did_you_mean(args.env, finished)}"
+        )
+    print(f"Return over {EPISODES} episodes, mean +/- standard deviation:")
+    returns = {label: evaluated_return(run, file, args.seed) for label, file in agents.items()}
+    for label, (mean, std) in returns.items():
+        print(f"  {label} agent: {mean:.1f} +/- {std:.1f}   {agents[label]}")
+    if "best" not in agents:
+        print(f"  best agent: none, as the training was shorter than --eval-freq {run.arguments()['eval_freq']}")
+    print("Next:")
+    for purpose, command in next_commands(run, best=max(returns, key=returns.__getitem__) == "best").items():
+        print(f"  {purpose}: {command}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

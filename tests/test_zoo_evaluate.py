@@ -1,0 +1,106 @@
+"""What a training achieved, and the commands that are printed after it."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import python, zoo_here
+from huggingface_sb3 import EnvironmentName
+
+from sb3_klip.zoo import evaluate
+from sb3_klip.zoo.evaluate import Run, evaluated_return, main, next_commands
+
+RUN = ("--num-threads", 1, "--seed", 0, "-n", 128, "-params", "n_envs:1", "n_steps:64", "batch_size:32", "n_epochs:1")
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """A folder in which there are a run with evaluations and a log for TensorBoard, and one of PPO without."""
+    folder = tmp_path_factory.mktemp("runs")
+    extras = ("--eval-freq", 64, "--eval-episodes", 1, "--tensorboard-log", "logs/tensorboard")
+    zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", *RUN, *extras, cwd=folder)
+    zoo_here("train", "--algo", "ppo", "--env", "CartPole-v1", *RUN, cwd=folder)
+    return folder
+
+
+def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, capsys):
+    monkeypatch.chdir(logs)
+    assert main(["--env", "CartPole-v1"]) == 0
+    output = capsys.readouterr().out
+    means = {}
+    for label, file in (("last", "CartPole-v1.zip"), ("best", "best_model.zip")):
+        path = Path("logs/klip_ppo/CartPole-v1_1", file)
+        shown = re.search(rf"{label} agent: ([\d.]+) \+/- ([\d.]+)   {path}", output)
+        run = Run(Path("logs"), "klip_ppo", EnvironmentName("CartPole-v1"), 1)
+        assert [float(text) for text in shown.groups()] == pytest.approx(evaluated_return(run, path), abs=0.051)
+        means[label] = float(shown[1])
+    assert means["last"] >= 1
+    commands = re.findall(r"^  (watch|film|plot): (.*)$", output, re.MULTILINE)
+    assert [purpose for purpose, _ in commands] == ["watch", "film", "plot"]
+    for _, command in commands[:2]:
+        assert ("--load-best" in command) == (means["best"] >= means["last"])
+
+
+def test_without_an_evaluation_there_is_no_best_agent(logs, monkeypatch, capsys):
+    monkeypatch.chdir(logs)
+    assert main(["--algo", "ppo", "--env", "CartPole-v1"]) == 0
+    output = capsys.readouterr().out
+    assert "best agent: none, as the training was shorter than --eval-freq 25000" in output
+    assert "rl_zoo3.plots.plot_train -a ppo -e CartPole-v1" in output  # which has no β
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_they_are_printed(logs):
+    output = python("-m", "sb3_klip.zoo.evaluate", "--env", "CartPole-v1", cwd=logs).stdout
+    commands = dict(re.findall(r"^  (watch|film|plot): (.*)$", output, re.MULTILINE))
+    for purpose, more in (("watch", ["--no-render"]), ("film", ["-n", "20"]), ("plot", [])):
+        python(*shlex.split(commands[purpose])[1:], *more, cwd=logs)
+    assert list(logs.glob("logs/klip_ppo/CartPole-v1_1/videos/*.mp4"))
+    assert (logs / "distribution.svg").exists()
+
+
+def test_what_needs_mujoco_is_drawn_without_a_display(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Run, "tensorboard_log", lambda run: None)
+    commands = {
+        env: next_commands(Run(tmp_path, "klip_ppo", EnvironmentName(env), 1), False) for env in ("Hopper-v4", "CartPole-v1")
+    }
+    assert commands["Hopper-v4"]["film"].startswith("MUJOCO_GL=egl ")
+    assert "MUJOCO_GL" not in commands["CartPole-v1"]["film"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "MUJOCO_GL" not in next_commands(Run(tmp_path, "klip_ppo", EnvironmentName("Hopper-v4"), 1), False)["film"]
+
+
+def test_python_is_named_as_it_is_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert evaluate._python() == str(Path(".venv/bin/python"))
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch(0o755)
+    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    assert evaluate._python() == "python"  # the virtual environment is active
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (
+            ["--env", "CartPole-v0"],
+            ["--env: ", "no finished run on 'CartPole-v0', but on CartPole-v1", "Did you mean 'CartPole-v1'?"],
+        ),
+        (["--algo", "klip_pop", "--env", "CartPole-v1"], ["--algo: 'klip_pop'", "klip_ppo_lstm", "Did you mean 'klip_ppo'?"]),
+        (["--env", "CartPole-v1", "-f", "nowhere"], ["no finished run", "but on nothing"]),
+    ],
+)
+def test_errors_say_what_there_is(arguments, parts, logs, monkeypatch, capsys):
+    monkeypatch.chdir(logs)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.partition("error: ")[2]
+    for part in parts:
+        assert part in message
