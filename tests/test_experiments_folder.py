@@ -87,7 +87,7 @@ def test_a_suite_that_has_grown_goes_on_in_its_folder(tmp_path):
     assert before.items() <= after.items()
     # What is no longer in the suite has results still.
     assert definition(methods={"step": SUITE["methods"]["step"]}) == after
-    with pytest.raises(ValueError, match="definition.CartPole-v1/none.beta: 'none' there, 'step' here"):
+    with pytest.raises(ValueError, match=r"definition\.CartPole-v1/none\.beta: 'none' there, 'step' here"):
         definition(methods={**grown, "none": {"beta": "step", **TINY}})
 
 
