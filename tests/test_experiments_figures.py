@@ -76,6 +76,7 @@ def test_names_of_lines_do_not_overlap():
     assert sorted(places, key=places.__getitem__) == ["c", "a", "b", "d"]
     heights = sorted(places.values())
     assert min(high - low for low, high in itertools.pairwise(heights)) >= 0.1 - 1e-9
+    assert heights[-1] <= 1  # not above the panel
     assert axes.get_legend_handles_labels() == ([], [])
 
 

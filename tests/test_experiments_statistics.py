@@ -121,6 +121,7 @@ def test_runs_without_a_final_return_are_left_out():
 def test_no_scores_of_single_seeds():
     rows = with_scores(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0]}), "step")
     assert rows.empty
+    assert with_scores(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0, 3.0]}), "step").empty
     assert matrices(rows, "score") == improvement({}, "step") == {}
 
 

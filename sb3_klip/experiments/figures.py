@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,24 @@ def _legend(figure: Figure, place: Any) -> None:
 
 
 def _label_ends(axes: Axes, gap: float) -> None:
-    """The name of each line at its right end, in its colour, instead of in a legend."""
+    """
+    The name of each line at its right end, in its colour, instead of in a legend.
+
+    :param gap: between names, at least, in heights of the panel
+    """
     low, high = axes.get_ylim()
     ends = {line: np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()}
     heights = {line: (values[np.isfinite(values)][-1] - low) / (high - low) for line, values in ends.items()}
-    place = -np.inf
-    for line in sorted(heights, key=heights.__getitem__):
-        place = max(heights[line], place + gap)  # in heights of the panel; names must not overlap
+    ordered = sorted(heights, key=heights.__getitem__)
+    for lower, upper in pairwise(ordered):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    limit = 1.0
+    for line in reversed(ordered):
+        limit = min(heights[line], limit)
         name = str(line.get_label())
-        axes.text(1.02, place, name, color=line.get_color(), transform=axes.transAxes, va="center", fontsize="small")
+        axes.text(1.02, limit, name, color=line.get_color(), transform=axes.transAxes, va="center", fontsize="small")
         line.set_label("_")
+        limit -= gap
 
 
 def _of(results: Sequence[Result], method: str) -> list[Result]:

@@ -61,13 +61,14 @@ def write_report(folder: Path) -> bool:
     drawn: dict[str, str] = {}
     for rate, frame in frames.items():
         tasks, methods = list(frame["task"].cat.categories), _compared(frame["method"].cat.categories)
-        rows = with_scores(frame[frame["method"].isin(methods)], _reference(methods))
+        reference = REFERENCE if REFERENCE in methods else methods[0]
+        rows = with_scores(frame[frame["method"].isin(methods)], reference)
         sections += [f"## Mean return over all of training{_at(rate)}", _means(frame, "area")]
         if any("reuse" in settings for settings in definition.values()):
-            sections += _samples(by_rate[rate], tasks, methods)
-        sections += [f"## Interquartile means, by task{_at(rate)}", _by_task(frame), *_together(rows, _at(rate))]
+            sections += _samples(by_rate[rate], tasks, methods, reference)
+        sections += [f"## Interquartile means, by task{_at(rate)}", _by_task(frame), *_together(rows, reference, _at(rate))]
         scores = matrices(rows, "score")
-        drawn |= save_all(by_rate[rate], tasks, methods, _reference(methods), scores, folder / "figures", _at(rate))
+        drawn |= save_all(by_rate[rate], tasks, methods, reference, scores, folder / "figures", _at(rate))
     if len(frames) > 1:
         sections += _robustness(frames)
     sections += ["## Figures", *(f"![{title}](figures/{name})" for title, name in drawn.items())]
@@ -194,15 +195,9 @@ def _compared(methods: Iterable[str]) -> list[str]:
     return [method for method in names if method != "ppo" or REFERENCE not in names]
 
 
-def _reference(methods: Sequence[str]) -> str:
-    """The method that others are compared with."""
-    return REFERENCE if REFERENCE in methods else methods[0]
-
-
-def _together(rows: pd.DataFrame, at: str) -> list[str]:
+def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
     """What all tasks together say, if there are methods to compare."""
     methods, tasks = (list(dict.fromkeys(rows.sort_values(column)[column])) for column in ("method", "task"))
-    reference = _reference(methods) if methods else ""
     if len(methods) < 2:
         return []
     return [
@@ -268,9 +263,8 @@ def _by_task(frame: pd.DataFrame) -> str:
     )
 
 
-def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str]) -> list[str]:
+def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str) -> list[str]:
     """When the methods reach the final return of the reference."""
-    reference = _reference(methods)
     rows = []
     for task in tasks:
         runs = {
@@ -306,7 +300,8 @@ def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
         f"## Robustness: {rates[-1]} against {rates[0]}",
         f"Mean score at the learning rate {rates[-1]} as a share of that at {rates[0]}, both on the scale of `{REFERENCE}` at "
         f"{rates[0]}, over the tasks on which all have two seeds; 95 % confidence intervals of a bootstrap within tasks. "
-        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320).",
+        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320). SPO's authors (arXiv "
+        "2401.16025) train deeper actors, and for 10 million steps, which is not done here.",
         _markdown(table),
     ]
 

@@ -82,7 +82,8 @@ def with_scores(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
     taken together; the area's is that of the mean return over all of training. Methods with fewer than two seeds on every task
-    are left out, and tasks on which one of the others has fewer, or the reference does not end above where it began.
+    are left out, and tasks on which one of the others has fewer, or the reference does not end above where it began. Where the
+    reference has no two seeds on any task, nothing is left.
 
     :param frame: one row per run: ``task``, ``method``, ``first_return``, ``final_return``, ``area``
     :param reference: the method to compare with
@@ -92,7 +93,9 @@ def with_scores(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     methods = [method for method in counts.columns if counts[method].max() >= 2]
     ends = frame[frame["method"] == reference].groupby("task", observed=True)[["first_return", "final_return"]].mean()
     rising = ends.index[ends["first_return"] < ends["final_return"]]
-    tasks = [task for task in counts.index if task in rising and methods and counts.loc[task, methods].min() >= 2]
+    tasks = [task for task in counts.index if task in rising and counts.loc[task, methods].min() >= 2]
+    if reference not in methods:
+        tasks = []
     rows = frame[frame["task"].isin(tasks) & frame["method"].isin(methods)].copy()
     low, high = (rows["task"].map(ends[name]).astype(float) for name in ("first_return", "final_return"))
     return rows.assign(score=(rows["final_return"] - low) / (high - low), area_score=(rows["area"] - low) / (high - low))
