@@ -300,8 +300,8 @@ def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
         f"## Robustness: {rates[-1]} against {rates[0]}",
         f"Mean score at the learning rate {rates[-1]} as a share of that at {rates[0]}, both on the scale of `{REFERENCE}` at "
         f"{rates[0]}, over the tasks on which all have two seeds; 95 % confidence intervals of a bootstrap within tasks. "
-        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320). SPO's authors (arXiv "
-        "2401.16025) train deeper actors, and for 10 million steps, which is not done here.",
+        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320). SPO's authors "
+        "(arXiv 2401.16025) train deeper actors, and for 10 million steps, which is not done here.",
         _markdown(table),
     ]
 
