@@ -54,7 +54,7 @@ tables: $(INSTALLED) ## write the tables of coefficients, variants and modules i
 docs: $(INSTALLED) ## build the documentation into docs/_build, with warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
-experiments: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, knobs)
+experiments: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, wide, …)
 	$(BIN)/python -m sb3_klip.experiments run --suite $(SUITE)
 
 report: $(INSTALLED) ## tables and figures of a suite: SUITE=smoke

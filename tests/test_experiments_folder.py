@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -68,10 +69,26 @@ def test_a_folder_of_another_suite(refused, tmp_path):
     methods = {"ppo": SUITE["methods"]["ppo"], "step": {"beta": "step", **TINY, "n_steps": 32}, "none": {"beta": "none"}}
     lines = refused("--suite", write_suite(tmp_path, methods=methods), "-f", "out").splitlines()
     assert lines[0].startswith(f"{tmp_path / 'out'} has results of another suite or version")
-    assert lines[1:] == [
-        "  - definition.CartPole-v1/step.n_steps: 64 there, 32 here",
-        "  - definition.CartPole-v1/none: only here",
-    ]
+    assert lines[1:] == ["  - definition.CartPole-v1/step.n_steps: 64 there, 32 here"]
+
+
+def test_a_suite_that_has_grown_goes_on_in_its_folder(tmp_path):
+    folder = tmp_path / "out"
+
+    def definition(**changes: Any) -> dict[str, Any]:
+        open_folder(folder, read_suite(write_suite(tmp_path, **changes)), 1)
+        return json.loads((folder / "suite.json").read_text())["definition"]
+
+    before = definition()
+    grown = {"none": {"beta": "none", **TINY}, **SUITE["methods"]}
+    after = definition(methods=grown, tasks=["Hopper-v4", "CartPole-v1"])
+    # In the suite's order, which is that of the report.
+    assert [*after] == [f"{task}/{method}" for task in ("Hopper-v4", "CartPole-v1") for method in grown]
+    assert before.items() <= after.items()
+    # What is no longer in the suite has results still.
+    assert definition(methods={"step": SUITE["methods"]["step"]}) == after
+    with pytest.raises(ValueError, match=r"definition\.CartPole-v1/none\.beta: 'none' there, 'step' here"):
+        definition(methods={**grown, "none": {"beta": "step", **TINY}})
 
 
 def test_a_folder_of_other_versions(refused, tmp_path):

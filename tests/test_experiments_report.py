@@ -2,17 +2,15 @@
 
 import contextlib
 import io
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from rliable import metrics
 from small_suites import made_up_result, write_results
 
-from sb3_klip.experiments import report
+from sb3_klip.experiments import report, statistics
 from sb3_klip.experiments.__main__ import main
 from sb3_klip.experiments.results import POINTS
 
@@ -21,9 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch, request):
-    """The bootstrap takes the time, and no test but that of the committed reports looks at its last digits."""
+    """
+    The bootstrap and the figures take the time.
+
+    No test here looks at the figures, and none but that of the committed reports at the bootstrap's last digits.
+    """
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(report, "RESAMPLES", 200)
+        monkeypatch.setattr(statistics, "RESAMPLES", 200)
+        monkeypatch.setattr(report, "save_all", lambda *arguments: {})
 
 
 def table(text: str, after: str) -> list[list[str]]:
@@ -49,17 +52,13 @@ def test_means_and_standard_deviations(tmp_path, capsys):
 def test_against_the_paper(tmp_path):
     hopper = [made_up_result("Hopper-v4", "step", seed, final) for seed, final in enumerate((2000, 2400, 2800))]
     ant = [made_up_result("Ant-v4", "fixed", seed, final) for seed, final in enumerate((100, 110))]
-    folder = write_results(
-        tmp_path,
-        [*hopper, *ant, made_up_result("Walker2d-v4", "adaptive", 0, 4014), made_up_result("Walker2d-v4", "step", 0, 3000)],
-    )
+    folder = write_results(tmp_path, [*hopper, *ant, made_up_result("Walker2d-v4", "step", 0, 3000)])
     main(["report", str(folder)])
-    rows = table((folder / "report.md").read_text(), "## Against the paper")
-    assert rows == [
-        ["Hopper-v4", "step", "3", "2400 ± 400", "2598 ± 278", "yes"],
-        ["Walker2d-v4", "step", "1", "3000", "3717 ± 425", "no"],
-        ["Walker2d-v4", "adaptive", "1", "4014", "3639 ± 374", "no"],  # one more than the interval's end
-        ["Ant-v4", "fixed", "2", "105 ± 7", "16 ± 16", "no"],
+    assert table((folder / "report.md").read_text(), "## Against the paper") == [
+        # Variances of the means: 400²/3 and 278²/5, so 3.2 degrees of freedom and a quantile of 3.08.
+        ["Hopper-v4", "step", "3", "2400 ± 400", "2598 ± 278", "-198 [-1005, +609]", "no"],
+        ["Walker2d-v4", "step", "1", "3000", "3717 ± 425", "-717", "–"],  # one seed has no interval
+        ["Ant-v4", "fixed", "2", "105 ± 7", "16 ± 16", "+89 [+66, +112]", "yes"],
     ]
 
 
@@ -82,75 +81,73 @@ def test_identity_cell_by_cell(tmp_path, digest, status, verdict):
     assert table((folder / "report.md").read_text(), "cell by cell") == [["Hopper-v4", "0", str(POINTS), verdict]]
 
 
-def frame_of(finals: dict[tuple[str, str], list[float]], first: float = 0.0) -> pd.DataFrame:
-    rows = [
-        {"task": task, "method": method, "seed": seed, "final_return": final, "first_return": first}
-        for (task, method), values in finals.items()
-        for seed, final in enumerate(values)
+def test_two_learning_rates(tmp_path):
+    """Each has its own tables; what is lost at the larger one is told beside what is published."""
+    finals = {"step@3e-4": 2000.0, "quadratic@3e-4": 1500.0, "step@1e-3": 1000.0, "quadratic@1e-3": 1500.0}
+    results = [
+        made_up_result("Hopper-v4", method, seed, final + spread)
+        for method, final in finals.items()
+        for seed, spread in enumerate((-100, 0, 100))
     ]
-    frame = pd.DataFrame(rows)
-    return frame.assign(task=pd.Categorical(frame["task"]), method=pd.Categorical(frame["method"]))
+    folder = write_results(tmp_path, results, "wide")
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    at = " at learning rate {}".format
+    assert table(text, f"## Return in the last 10 % of training{at('3e-4')}") == [
+        ["Hopper-v4", "2000 ± 100 (3)", "1500 ± 100 (3)"]
+    ]
+    assert table(text, f"## Return in the last 10 % of training{at('1e-3')}") == [
+        ["Hopper-v4", "1000 ± 100 (3)", "1500 ± 100 (3)"]
+    ]
+    # Half of it: the return rises in a line, from 0 as good as.
+    assert table(text, f"## Mean return over all of training{at('1e-3')}") == [["Hopper-v4", "500 ± 50 (3)", "750 ± 50 (3)"]]
+    # One scale a learning rate, that of its own step; all runs of one method are above all of the other.
+    (step, quadratic) = table(text, f"## All tasks together{at('3e-4')}")
+    assert (step[0], step[2].split()[0], step[3], step[5]) == ("step", "1.00", "–", "–")
+    assert (quadratic[2].split()[0], quadratic[3], quadratic[5]) == ("0.75", "0.00 [0.00, 0.00]", "0.00 [0.00, 0.00]")
+    assert table(text, f"## All tasks together{at('1e-3')}")[1][3] == "1.00 [1.00, 1.00]"
+    # Welch: 100 √(2/3) and four degrees of freedom are ±227.
+    assert "- `quadratic`: -25 [-36, -14]; worse than `step`, by 14 % or more." in text
+    assert "- `quadratic`: +50 [+27, +73]; better than `step`, by 27 % or more." in text
+    shares = table(text, "## Robustness: 1e-3 against 3e-4")
+    assert [(row[0], row[1], row[2].split()[0], row[3]) for row in shares] == [
+        ("step", "3", "0.50", "0.455"),
+        ("quadratic", "3", "1.00", "0.934"),
+    ]
 
 
-def test_scores_are_zero_at_the_start_and_one_where_the_reference_ends():
-    finals = {("A", "step"): [90.0, 110.0], ("A", "fixed"): [60.0, 160.0], ("B", "step"): [1000.0, 3000.0]}
-    tasks, scores = report.score_matrices(frame_of({**finals, ("B", "fixed"): [2000.0, 10.0]}, first=10.0))
-    assert tasks == ["A", "B"]
-    np.testing.assert_allclose(scores["step"], [[80 / 90, 990 / 1990], [100 / 90, 2990 / 1990]])
-    np.testing.assert_allclose(scores["fixed"], [[50 / 90, 1.0], [150 / 90, 0.0]])
+def test_what_the_data_exclude(tmp_path):
+    finals = {"step": (1000.0, 1200.0), "sigmoid": (1010.0, 1210.0)}
+    results = [
+        made_up_result("Hopper-v4", method, i, final) for method, both in finals.items() for i, final in enumerate(both)
+    ]
+    folder = write_results(tmp_path, results, "coefficients")
+    assert main(["report", str(folder)]) == 0
+    # 141.4 and two degrees of freedom: 4.30 × 141.4 of 1100 are 55 %.
+    verdict = "- `sigmoid`: +1 [-54, +56]; a gain of more than 56 % is excluded, and a loss of more than 54 %."
+    assert verdict in (folder / "report.md").read_text()
 
 
-def test_scores_take_the_seeds_that_a_method_has_on_every_task():
-    finals = {("A", "step"): [1.0, 2.0, 3.0], ("A", "fixed"): [1.0, 2.0], ("B", "step"): [1.0, 2.0], ("B", "fixed"): [1.0]}
-    tasks, scores = report.score_matrices(frame_of(finals))
-    assert tasks == ["A"]
-    assert {method: matrix.shape for method, matrix in scores.items()} == {"step": (3, 1), "fixed": (2, 1)}
-    statistics = report.aggregate_table(scores, "step").set_index("method")
-    assert dict(statistics["seeds"]) == {"step": 3, "fixed": 2}
-    # Of the six pairs, one is won (2 > 1), and two are equal, which counts half.
-    assert statistics.loc["fixed", "probability of improvement over step"].startswith("0.33 [")
-    _, scores = report.score_matrices(frame_of({**finals, ("B", "fixed"): [1.0, 5.0, 6.0]}))
-    assert {matrix.shape for matrix in scores.values()} == {(2, 2)}
-
-
-def test_no_scores_where_the_reference_learns_nothing():
-    finals = {(task, method): [50.0, 60.0] for task in ("A", "B") for method in ("step", "fixed")}
-    frame = frame_of(finals, first=10.0)
-    frame.loc[frame["task"] == "A", "first_return"] = 100.0
-    assert report.score_matrices(frame)[0] == ["B"]
-    frame["first_return"] = np.nan
-    assert report.score_matrices(frame) == ([], {})
-
-
-def test_runs_without_a_final_return_are_left_out_of_the_statistics():
-    frame = frame_of({("A", "step"): [np.nan, 2.0, 3.0], ("A", "fixed"): [1.0, np.nan, 2.0]})
-    _, scores = report.score_matrices(frame)
-    np.testing.assert_allclose(scores["fixed"][:, 0], np.array([1.0, 2.0]) / 2.5)
-    assert "nan" not in report._by_task(frame)
+def test_samples_with_reuse(tmp_path):
+    results = [made_up_result("Hopper-v4", method, 0, final) for method, final in (("step", 1000), ("uniform", 2000))]
+    results += [made_up_result("Walker2d-v4", "step", seed, 1000) for seed in (0, 1)]
+    results += [made_up_result("Walker2d-v4", "optimal", seed, 500) for seed in (0, 1)]
+    folder = write_results(tmp_path, results, "reuse")
+    assert main(["report", str(folder)]) == 0
+    assert table((folder / "report.md").read_text(), "## Samples to reach the final return of `step`") == [
+        ["Hopper-v4", "100", "53", "–"],
+        ["Walker2d-v4", "100 [100, 100]", "–", "> 100 [> 100, > 100]"],
+    ]
 
 
 def test_no_statistics_of_single_seeds(tmp_path):
-    assert report.score_matrices(frame_of({("A", "step"): [1.0], ("A", "fixed"): [2.0]})) == ([], {})
     folder = write_results(
         tmp_path, [made_up_result("Hopper-v4", "step", 0, 2000), made_up_result("Hopper-v4", "fixed", 0, 2616)]
     )
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.md").read_text()
     assert "No cell has more than one seed yet." in text
-    assert "confidence" not in text
-
-
-def test_aggregates_are_rliables():
-    generator = np.random.default_rng(0)
-    scores = {"step": generator.normal(1.0, 0.1, (5, 3)), "better": generator.normal(2.0, 0.1, (5, 3))}
-    rows = {row[0]: row[1:] for row in report.aggregate_table(scores, "step").to_numpy().tolist()}
-    assert rows["step"][2] == "–"
-    assert rows["better"][2] == "1.00 [1.00, 1.00]"
-    point, interval = rows["better"][1].split(" ", 1)
-    assert float(point) == round(float(metrics.aggregate_iqm(scores["better"])), 2)
-    low, high = json.loads(interval)
-    assert low <= float(point) <= high
-    assert low < high
+    assert "All tasks together" not in text
 
 
 def test_only_ppo(tmp_path):
@@ -178,6 +175,8 @@ def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
         ("paper", "## Against the paper", "## The paper's table"),
         ("coefficients", "## Return in the last", "## Beyond the paper's coefficients"),
         ("knobs", None, None),
+        ("reuse", None, None),
+        ("wide", None, None),
     ],
 )
 def test_committed_report_and_the_documentation_are_of_the_committed_results(tmp_path, suite, in_report, in_docs):

@@ -13,7 +13,7 @@ from sb3_klip.experiments.suite import included, read_suite, select
 
 
 def test_all_included_suites_can_be_run():
-    assert included() == ["coefficients", "knobs", "paper", "reuse", "smoke"]
+    assert included() == ["coefficients", "knobs", "paper", "reuse", "reuse_long", "smoke", "wide"]
     for name in included():
         suite = read_suite(name)
         assert suite.name == name
@@ -164,6 +164,9 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a: {callback: x}}", "klip_ppo has no hyperparameter 'callback'"),
         ("{removal=step: {}}", "method 'removal=step': after '=' stands the value of a knob"),
         ("{width=0: {}}", "so it must be a number above 0"),
+        ("{a@1e-3: {}}", "method 'a@1e-3': after '@' stands its learning_rate, which is None"),
+        ("{a@1e-3: {learning_rate: lin_3e-4}}", "method 'a@1e-3': after '@' stands its learning_rate, which is 'lin_3e-4'"),
+        ("{a@fast: {learning_rate: fast}}", "method 'a@fast': after '@' stands its learning_rate, which is 'fast'"),
         ("{a: {}, A: {}}", "methods must differ in more than case"),
         ("{a: {beta: [1]}}", "method 'a': beta must be"),
         ("{a: {beta: 'no_such_module:f'}}", "method 'a': beta='no_such_module:f' is not a coefficient"),
@@ -198,7 +201,8 @@ def test_files_that_are_no_suites(refused, tmp_path, content, message):
     [
         (
             "smok",
-            "--suite='smok' is none of coefficients, knobs, paper, reuse, smoke, and no YAML file. Did you mean 'smoke'?",
+            "--suite='smok' is none of coefficients, knobs, paper, reuse, reuse_long, smoke, wide, and no YAML file. "
+            "Did you mean 'smoke'?",
         ),
         ("missing.yml", "--suite: missing.yml cannot be read: "),
         ("folder.yml", "--suite: folder.yml cannot be read: "),

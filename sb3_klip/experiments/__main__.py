@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="{run,report}")
 
     run = commands.add_parser("run", help="train what is missing", epilog=EPILOG, formatter_class=made.formatter_class)
-    run.add_argument("--suite", required=True, help="paper, coefficients, knobs, reuse, smoke, or a YAML file of your own")
+    suites = "paper, coefficients, wide, knobs, reuse, reuse_long, smoke, or a YAML file of your own"
+    run.add_argument("--suite", required=True, help=suites)
     run.add_argument("-f", "--folder", type=Path, help="where results go (default: logs/experiments/<suite>)")
     run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="only these (default: all of the suite)")
     run.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these (default: all of the suite)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from matplotlib.figure import Figure
 from rliable import library as rly
 
 from sb3_klip.experiments.results import Result
+from sb3_klip.experiments.statistics import SEED, mean_interval
 from sb3_klip.figures import line_styles, save, style
 
 #: Panels side by side.
-COLUMNS = 4
-#: More learning curves than these cannot be told apart in one panel.
+COLUMNS = 3
+#: More lines than these cannot be told apart in one panel.
 LINES = 4
 
 
@@ -27,6 +29,7 @@ def save_all(
     reference: str,
     scores: Mapping[str, np.ndarray],
     folder: Path,
+    at: str = "",
 ) -> dict[str, str]:
     """
     Draw all figures that the results allow.
@@ -37,18 +40,17 @@ def save_all(
     :param reference: the one among them that others are compared with
     :param scores: normalised, seeds × tasks, by method
     :param folder: where the files go
+    :param at: what the titles end with
     :return: name of the SVG file by title
     """
     sweeps = sorted({method.split("=")[0] for method in methods if "=" in method})
     figures: dict[str, Figure] = {}
     with style() as size:
         if not sweeps:
-            # PPO's lines would be those of step, and have a figure of their own.
-            lines = [method for method in methods if method != "ppo" or "step" not in methods]
-            if len(lines) <= LINES:
-                figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=lines), size, "return")
+            if len(methods) <= LINES:
+                figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=methods), size, "return")
             else:
-                figures["Learning curves"] = _by_method(results, tasks, lines, reference, size)
+                figures["Learning curves"] = _by_method(results, tasks, methods, reference, size)
         if paired := [task for task in tasks if _pairs([result for result in results if result.about["task"] == task])]:
             figures["PPO and KLipPPO"] = _by_task(results, paired, _ppo_and_step, size, "return")
         if "step" in methods:
@@ -56,9 +58,10 @@ def save_all(
             figures["Beta"] = _by_task(results, tasks, _beta, size, "β")
         for knob in sweeps:
             figures[f"Sweep of {knob}"] = _by_task(results, tasks, partial(_sweep, knob=knob), size, "return", knob)
-        if len(scores) > 1:
+        if 1 < len(scores) <= LINES:
             figures["Performance profiles"] = _profiles(scores, size)
-        return {title: save(figure, folder / title.lower().replace(" ", "_"))[0].name for title, figure in figures.items()}
+        titled = {f"{title}{at}": figure for title, figure in figures.items()}
+        return {title: save(figure, folder / title.lower().replace(" ", "_"))[0].name for title, figure in titled.items()}
 
 
 def _by_task(
@@ -69,7 +72,7 @@ def _by_task(
     label: str,
     x_label: str = "million steps",
 ) -> Figure:
-    """One panel per task, and one legend for all."""
+    """One panel per task, and one legend for all lines that are not labelled in the panels."""
     columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     width, height = size
@@ -91,7 +94,29 @@ def _by_task(
 def _legend(figure: Figure, place: Any) -> None:
     """One legend for what is drawn in any of the panels."""
     entries = {text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc=place, ncols=6)
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc=place, ncols=6)
+
+
+def _label_ends(axes: Axes, gap: float) -> None:
+    """
+    The name of each line at its right end, in its colour, instead of in a legend.
+
+    :param gap: between names, at least, in heights of the panel
+    """
+    low, high = axes.get_ylim()
+    ends = {line: np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()}
+    heights = {line: (values[np.isfinite(values)][-1] - low) / (high - low) for line, values in ends.items()}
+    ordered = sorted(heights, key=heights.__getitem__)
+    for lower, upper in pairwise(ordered):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    limit = 1.0
+    for line in reversed(ordered):
+        limit = min(heights[line], limit)
+        name = str(line.get_label())
+        axes.text(1.02, limit, name, color=line.get_color(), transform=axes.transAxes, va="center", fontsize="small")
+        line.set_label("_")
+        limit -= gap
 
 
 def _of(results: Sequence[Result], method: str) -> list[Result]:
@@ -109,31 +134,32 @@ def _column(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarra
 def _by_method(
     results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str, size: tuple[float, float]
 ) -> Figure:
-    """One row of panels per task, with one for each method against the reference."""
+    """One row of panels per method, with one for each task: the method against the reference."""
     others = [method for method in methods if method != reference]
     width, height = size
-    figure = Figure(figsize=(max(width, width * len(others) / 8), height * 0.45 * len(tasks) + 0.5))
-    grid = figure.subplots(len(tasks), len(others), squeeze=False, sharex=True, sharey="row")
-    for row, task in zip(grid, tasks, strict=True):
-        of_task = [result for result in results if result.about["task"] == task]
-        for axes, method in zip(row, others, strict=True):
-            _curve(axes, _of(of_task, reference), reference, color="0.65", linewidth=2)
-            _curve(axes, _of(of_task, method), "method of the column", color="black", linewidth=0.8)
+    figure = Figure(figsize=(width, height * 0.35 * len(others) + 0.5))
+    grid = figure.subplots(len(others), len(tasks), squeeze=False, sharex=True, sharey="col")
+    for row, method in zip(grid, others, strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            of_task = [result for result in results if result.about["task"] == task]
+            _curve(axes, _of(of_task, reference), reference, color="0.6", linewidth=2)
+            _curve(axes, _of(of_task, method), method, color="black", linewidth=1)
             axes.margins(x=0)
-        row[0].set_ylabel(task)
-    for axes, method in zip(grid[0], others, strict=True):
-        axes.set_title(method, fontsize="medium")
+    for axes in grid[:, -1]:
+        _label_ends(axes, gap=0.2)
+    for axes, task in zip(grid[0], tasks, strict=True):
+        axes.set_title(task)
     figure.supxlabel("million steps", fontsize="medium")
-    _legend(figure, "outside upper center")
+    figure.supylabel("return", fontsize="medium")
     return figure
 
 
 def _curve(axes: Axes, runs: Sequence[Result], label: str, color: Any, **line: Any) -> None:
-    """Mean return over seeds, and a band from the lowest to the highest."""
+    """Mean return over seeds, and a band for its interval."""
     if runs:
         steps, values = _column(runs, "return")
         if values.shape[1] > 1:
-            axes.fill_between(steps, values.min(axis=1), values.max(axis=1), color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(steps, *mean_interval(values), color=color, alpha=0.15, linewidth=0)
         axes.plot(steps, values.mean(axis=1), label=label, color=color, **line)
 
 
@@ -141,6 +167,7 @@ def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> N
     """One line for each method."""
     for method, line in zip(methods, line_styles(len(methods)), strict=True):
         _curve(axes, _of(results, method), method, **line)
+    _label_ends(axes, gap=0.11)
 
 
 def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:
@@ -202,6 +229,7 @@ def _sweep(axes: Axes, results: Sequence[Result], knob: str) -> None:
 
 def _profiles(scores: Mapping[str, np.ndarray], size: tuple[float, float]) -> Figure:
     """For each score, the share of runs that reach it."""
+    np.random.seed(SEED)  # which rliable draws from
     levels = np.linspace(0, max(1.5, max(matrix.max() for matrix in scores.values())), 101)
     profiles, bounds = rly.create_performance_profile(dict(scores), levels)
     width, height = size

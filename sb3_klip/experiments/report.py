@@ -1,27 +1,35 @@
-"""Tables from the results of a suite, as one Markdown file, and the statistics in them by rliable."""
+"""Tables from the results of a suite, as one Markdown file."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rliable import library as rly
 from rliable import metrics
 
 from sb3_klip.experiments import paper
 from sb3_klip.experiments.figures import save_all
 from sb3_klip.experiments.folder import read_folder
 from sb3_klip.experiments.results import Result
+from sb3_klip.experiments.statistics import (
+    Interval,
+    bootstrap,
+    gain,
+    improvement,
+    matrices,
+    share_to_reach,
+    welch,
+    with_scores,
+)
 from sb3_klip.files import write_atomically
 
-#: Resamples of the bootstrap, and the seed of the generator that draws them.
-RESAMPLES, SEED = 5000, 0
 #: The method that the others are compared with, where the suite has it.
 REFERENCE = "step"
 #: What stands above :func:`paper_table`.
 AGAINST_PAPER = (
-    "Mean ± standard deviation; the paper's are over five seeds. They overlap if the intervals of one standard deviation do; "
-    "with one seed of ours, if it lies in theirs."
+    "Mean ± standard deviation; the paper's are over five seeds. The difference is ours minus the paper's, with Welch's 95 % "
+    "confidence interval for two samples; the means differ if 0 is not in it. Of twenty rows with equal means, one is to be "
+    "expected to differ by chance. One seed has no interval."
 )
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
 FIRST = 0.01
@@ -35,26 +43,50 @@ def write_report(folder: Path) -> bool:
     :return: whether every training by PPO has the same episodes as that by ``step`` with the same seed
     :raises ValueError: if there is nothing to report
     """
-    # rliable draws from NumPy's own generator, whatever it is given; so the same results give the same report.
-    np.random.seed(SEED)
     manifest, results = read_folder(folder)
-    frame = _frame(manifest["definition"], results)
-    identity = identity_table(frame)
-    name = manifest["suite"]
-    sections = [f"# Results of the suite `{name}`", _made_by(frame), "## Return in the last 10 % of training", _means(frame)]
+    name, definition = manifest["suite"], manifest["definition"]
+    by_rate = _by_rate(results)
+    frames = {rate: _frame(definition, of_rate) for rate, of_rate in by_rate.items()}
+    whole = pd.concat(frames.values())
+    identity = identity_table(whole)
+    sections = [f"# Results of the suite `{name}`", _made_by(whole)]
+    for rate, frame in frames.items():
+        sections += [f"## Return in the last 10 % of training{_at(rate)}", _means(frame, "final_return")]
     if len(identity):
         sections += ["## PPO against `step`, cell by cell", _identity_text(identity), _markdown(identity)]
     if name == "paper":
-        sections += ["## Against the paper", AGAINST_PAPER, _markdown(paper_table(frame))]
-        if "peak_kill_fraction" in frame:
-            sections += [_markdown(kill_table(frame))]
-    scored, scores = score_matrices(frame)
-    sections += ["## Interquartile means, by task", _by_task(frame), *_together(scored, scores)]
-    tasks, methods = (list(frame[column].cat.categories) for column in ("task", "method"))
-    drawn = save_all(results, tasks, methods, _reference(methods), scores, folder / "figures")
+        sections += ["## Against the paper", AGAINST_PAPER, _markdown(paper_table(whole))]
+        if "peak_kill_fraction" in whole:
+            sections += [_markdown(kill_table(whole))]
+    drawn: dict[str, str] = {}
+    for rate, frame in frames.items():
+        tasks, methods = list(frame["task"].cat.categories), _compared(frame["method"].cat.categories)
+        reference = REFERENCE if REFERENCE in methods else methods[0]
+        rows = with_scores(frame[frame["method"].isin(methods)], reference)
+        sections += [f"## Mean return over all of training{_at(rate)}", _means(frame, "area")]
+        if any("reuse" in settings for settings in definition.values()):
+            sections += _samples(by_rate[rate], tasks, methods, reference)
+        sections += [f"## Interquartile means, by task{_at(rate)}", _by_task(frame), *_together(rows, reference, _at(rate))]
+        scores = matrices(rows, "score")
+        drawn |= save_all(by_rate[rate], tasks, methods, reference, scores, folder / "figures", _at(rate))
+    if len(frames) > 1:
+        sections += _robustness(frames)
     sections += ["## Figures", *(f"![{title}](figures/{name})" for title, name in drawn.items())]
     write_atomically(folder / "report.md", ("\n\n".join(sections) + "\n").encode())
     return bool(identity["identical"].eq("yes").all())
+
+
+def _by_rate(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by the learning rate that stands after the @ in a method's name, the smallest first; "" where none does."""
+    rates: dict[str, list[Result]] = {}
+    for result in results:
+        method, _, rate = result.about["method"].partition("@")
+        rates.setdefault(rate, []).append(result._replace(about={**result.about, "method": method}))
+    return dict(sorted(rates.items(), key=lambda item: float(item[0] or 0)))
+
+
+def _at(rate: str) -> str:
+    return f" at learning rate {rate}" if rate else ""
 
 
 def _frame(cells: Iterable[str], results: Iterable[Result]) -> pd.DataFrame:
@@ -62,8 +94,10 @@ def _frame(cells: Iterable[str], results: Iterable[Result]) -> pd.DataFrame:
     frame = pd.DataFrame([result.about for result in results])
     start = [result.curve.loc[result.curve["timesteps"] <= FIRST * result.about["timesteps"], "return"] for result in results]
     frame["first_return"] = [values.mean() for values in start]
+    # The area under the curve, as a mean; gaps, as where no episode ended, are bridged.
+    frame["area"] = [result.curve["return"].interpolate(limit_area="inside").mean() for result in results]
     for i, column in enumerate(("task", "method")):
-        order = dict.fromkeys(cell.rpartition("/")[2 * i] for cell in cells)  # a task may be ALE/Pong-v5
+        order = dict.fromkeys(cell.partition("@")[0].rpartition("/")[2 * i] for cell in cells)  # a task may be ALE/Pong-v5
         frame[column] = pd.Categorical(frame[column], [name for name in order if name in set(frame[column])])
     return frame.sort_values(["task", "method", "seed"], ignore_index=True)
 
@@ -83,9 +117,9 @@ def _made_by(frame: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-def _means(frame: pd.DataFrame) -> str:
+def _means(frame: pd.DataFrame, column: str) -> str:
     """Mean ± standard deviation over seeds, and the number of seeds."""
-    cells = frame.groupby(["task", "method"], observed=True)["final_return"]
+    cells = frame.groupby(["task", "method"], observed=True)[column]
     text = cells.apply(lambda values: f"{_mean_std(values)} ({values.count()})")
     table = text.unstack("method").fillna("–").reset_index()
     return "Mean ± standard deviation over seeds (number of seeds in brackets).\n\n" + _markdown(table)
@@ -133,10 +167,13 @@ def paper_table(frame: pd.DataFrame) -> pd.DataFrame:
         theirs = paper.RETURNS.get(task, {}).get(method)
         if theirs is not None:
             mean, std = theirs
-            spread = values.std() if values.count() > 1 else 0.0
-            overlap = "yes" if abs(values.mean() - mean) <= spread + std else "no"
-            rows.append((task, method, values.count(), _mean_std(values), f"{mean:.0f} ± {std:.0f}", overlap))
-    return pd.DataFrame(rows, columns=["task", "method", "seeds", "ours", "the paper's", "overlap"])
+            difference, differ = f"{values.mean() - mean:+.0f}", "–"
+            if (seeds := values.count()) > 1:
+                samples = [(values.var() / seeds, seeds), (std**2 / paper.SEEDS, paper.SEEDS)]
+                interval = welch(values.mean() - mean, samples)
+                difference, differ = interval.text("{:+.0f}"), "no" if interval.low <= 0 <= interval.high else "yes"
+            rows.append((task, method, seeds, _mean_std(values), f"{mean:.0f} ± {std:.0f}", difference, differ))
+    return pd.DataFrame(rows, columns=["task", "method", "seeds", "ours", "the paper's", "difference", "differ"])
 
 
 def kill_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -152,75 +189,60 @@ def kill_table(frame: pd.DataFrame) -> pd.DataFrame:
 # -- statistics over seeds and tasks -----------------------------------------------------------------------------------
 
 
-def score_matrices(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray]]:
-    """
-    What rliable works on: for each method a matrix of seeds × tasks, with as many seeds as it has on every task.
-
-    A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
-    taken together. Tasks on which a method has fewer than two seeds, or the reference does not end above where it began, are
-    left out.
-
-    :param frame: one row per cell
-    :return: the tasks, and a matrix for each method; empty if no task has two seeds of each
-    """
-    frame = frame.dropna(subset=["final_return"])
-    counts = frame.pivot_table("final_return", "task", "method", "count", fill_value=0, observed=True)
-    methods = [method for method in counts.columns if counts[method].max() >= 2]
-    if not methods:
-        return [], {}
-    ends = (
-        frame[frame["method"] == _reference(methods)].groupby("task", observed=True)[["first_return", "final_return"]].mean()
-    )
-    rising = set(ends.index[ends["first_return"] < ends["final_return"]])
-    tasks = [task for task in counts.index if task in rising and counts.loc[task, methods].min() >= 2]
-    if not tasks:
-        return [], {}
-    matrices = {}
-    for method in methods:
-        columns = []
-        seeds = int(counts.loc[tasks, method].min())
-        for task in tasks:
-            low, high = ends.loc[task]
-            returns = frame.loc[(frame["task"] == task) & (frame["method"] == method), "final_return"].to_numpy()[:seeds]
-            columns.append((returns - low) / (high - low))
-        matrices[method] = np.stack(columns, axis=1)
-    return tasks, matrices
+def _compared(methods: Iterable[str]) -> list[str]:
+    """Those with numbers of their own: PPO's are those of ``step``."""
+    names = list(methods)
+    return [method for method in names if method != "ppo" or REFERENCE not in names]
 
 
-def _together(tasks: Sequence[str], scores: dict[str, np.ndarray]) -> list[str]:
-    """What rliable makes of all tasks, if there are methods to compare."""
-    if len(scores) < 2:
+def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
+    """What all tasks together say, if there are methods to compare."""
+    methods, tasks = (list(dict.fromkeys(rows.sort_values(column)[column])) for column in ("method", "task"))
+    if len(methods) < 2:
         return []
-    reference = _reference(scores)
     return [
-        "## All tasks together",
+        f"## All tasks together{at}",
         f"On {', '.join(tasks)}, with the seeds that a method has on each of them. A score is 0 for the return of the first "
         f"{FIRST:.0%} of `{reference}`'s training and 1 for the mean of its last 10 %. In brackets, 95 % confidence intervals "
         "of a bootstrap within tasks; with few seeds they are too narrow. The probability of improvement is that of a run of "
-        f"the method ending higher than one of `{reference}` on the same task.",
-        _markdown(aggregate_table(scores, reference)),
+        f"the method having a higher score than one of `{reference}` on the same task. *End* is the last 10 % of training, "
+        "and *training* the mean over all of it, which is the area under the learning curve.",
+        _markdown(aggregate_table(rows, reference)),
+        f"What the means of the end can exclude, with all seeds and Welch's 95 % interval, in % of what `{reference}` gains "
+        "from its first returns to its last:",
+        "\n".join(_verdict(method, gain(rows, method, reference), reference) for method in methods if method != reference),
     ]
 
 
-def _reference(methods: Iterable[str]) -> str:
-    """The method that others are compared with."""
-    names = list(methods)
-    return REFERENCE if REFERENCE in names else names[0]
-
-
-def aggregate_table(scores: dict[str, np.ndarray], reference: str) -> pd.DataFrame:
+def aggregate_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """
     Interquartile mean of the scores, and probability of improvement over the reference, with 95 % confidence intervals.
 
-    :param scores: matrix of seeds × tasks by method
+    :param rows: as from :func:`~sb3_klip.experiments.statistics.with_scores`
     :param reference: the method to compare with
     """
-    iqm = _intervals(scores, metrics.aggregate_iqm)
-    pairs = {method: (matrix, scores[reference]) for method, matrix in scores.items() if method != reference}
-    improvement = _intervals(pairs, metrics.probability_of_improvement)
-    rows = [(method, len(scores[method]), iqm[method], improvement.get(method, "–")) for method in scores]
-    columns = ["method", "seeds", "interquartile mean", f"probability of improvement over {reference}"]
-    return pd.DataFrame(rows, columns=columns)
+    table: dict[str, list[object]] = {}
+    for title, column in (("end", "score"), ("training", "area_score")):
+        scores = matrices(rows, column)
+        iqm, better = bootstrap(scores, metrics.aggregate_iqm), improvement(scores, reference)
+        table |= {"method": list(scores), "seeds": [len(matrix) for matrix in scores.values()]}
+        table[f"interquartile mean: {title}"] = [iqm[method].text("{:.2f}") for method in scores]
+        table[f"probability of improvement over {reference}: {title}"] = [
+            better[method].text("{:.2f}") if method in better else "–" for method in scores
+        ]
+    return pd.DataFrame(table)
+
+
+def _verdict(method: str, difference: Interval, reference: str) -> str:
+    """What an interval of the gain says, in words."""
+    percent = Interval(*(100 * value for value in difference))
+    if percent.low > 0:
+        says = f"better than `{reference}`, by {percent.low:.0f} % or more"
+    elif percent.high < 0:
+        says = f"worse than `{reference}`, by {-percent.high:.0f} % or more"
+    else:
+        says = f"a gain of more than {percent.high:.0f} % is excluded, and a loss of more than {-percent.low:.0f} %"
+    return f"- `{method}`: {percent.text('{:+.0f}')}; {says}."
 
 
 def _by_task(frame: pd.DataFrame) -> str:
@@ -233,7 +255,7 @@ def _by_task(frame: pd.DataFrame) -> str:
     }
     if not cells:
         return "No cell has more than one seed yet."
-    intervals = pd.Series({key: _intervals({"": cell}, metrics.aggregate_iqm, "{:.0f}")[""] for key, cell in cells.items()})
+    intervals = pd.Series({key: each.text("{:.0f}") for key, each in bootstrap(cells, metrics.aggregate_iqm).items()})
     table = intervals.unstack().reindex(index=frame["task"].cat.categories, columns=frame["method"].cat.categories)
     table = table.dropna(how="all").dropna(how="all", axis=1).fillna("–").rename_axis("task").reset_index()
     return "With 95 % confidence intervals of the bootstrap over seeds, of the cells with more than one.\n\n" + _markdown(
@@ -241,13 +263,71 @@ def _by_task(frame: pd.DataFrame) -> str:
     )
 
 
-def _intervals(scores: dict, statistic: Callable, form: str = "{:.2f}") -> dict[str, str]:
-    """rliable's point and interval estimates, as text."""
-    if not scores:
-        return {}
-    points, bounds = rly.get_interval_estimates(scores, lambda *args: np.array([statistic(*args)]), reps=RESAMPLES)
-    show = form.format
-    return {key: f"{show(points[key][0])} [{show(bounds[key][0, 0])}, {show(bounds[key][1, 0])}]" for key in scores}
+def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str) -> list[str]:
+    """When the methods reach the final return of the reference."""
+    rows = []
+    for task in tasks:
+        runs = {
+            method: [run for run in results if (run.about["task"], run.about["method"]) == (task, method)]
+            for method in methods
+        }
+        rows.append((task, *(_share_text(runs[method], runs[reference]) for method in methods)))
+    return [
+        f"## Samples to reach the final return of `{reference}`",
+        f"In % of training: when a method's mean over seeds first is where `{reference}`'s mean ends, which is how GePPO's "
+        "authors count samples (arXiv 2111.00072); > 100 where it is not within training. All returns are means of the "
+        "episodes in 10 % of training, at its end or at any time before. In brackets, 95 % confidence intervals of the "
+        "bootstrap over the seeds of both, where both have more than one.",
+        _markdown(pd.DataFrame(rows, columns=["task", *methods])),
+    ]
+
+
+def _share_text(runs: Sequence[Result], reference: Sequence[Result]) -> str:
+    if not runs or not reference:
+        return "–"
+    share = share_to_reach(runs, reference)
+    point, low, high = (f"{100 * value:.0f}" if np.isfinite(value) else "> 100" for value in share)
+    return f"{point} [{low}, {high}]" if min(len(runs), len(reference)) > 1 else point
+
+
+def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
+    """What is left of the scores at the largest learning rate, if methods have been run at both."""
+    table = robustness_table(frames)
+    if table.empty:
+        return []
+    rates = list(frames)
+    return [
+        f"## Robustness: {rates[-1]} against {rates[0]}",
+        f"Mean score at the learning rate {rates[-1]} as a share of that at {rates[0]}, both on the scale of `{REFERENCE}` at "
+        f"{rates[0]}, over the tasks on which all have two seeds; 95 % confidence intervals of a bootstrap within tasks. "
+        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320). SPO's authors "
+        "(arXiv 2401.16025) train deeper actors, and for 10 million steps, which is not done here.",
+        _markdown(table),
+    ]
+
+
+def robustness_table(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """
+    Share of the mean score that is left at the largest learning rate, beside the published one.
+
+    :param frames: one row per cell, by learning rate, the smallest first
+    """
+    (low, slow), *_, (high, fast) = frames.items()
+    both = pd.concat(
+        [slow.assign(method=slow["method"].astype(str) + low), fast.assign(method=fast["method"].astype(str) + high)]
+    )
+    scores = matrices(with_scores(both, REFERENCE + low), "score")
+    pairs = {
+        method: (scores[method + low], scores[method + high])
+        for method in slow["method"].cat.categories
+        if method + low in scores and method + high in scores
+    }
+    shares = bootstrap(pairs, lambda slow, fast: float(fast.mean() / slow.mean()))
+    rows = [
+        (method, min(map(len, pairs[method])), shares[method].text("{:.2f}"), paper.ROBUSTNESS.get(method, "–"))
+        for method in pairs
+    ]
+    return pd.DataFrame(rows, columns=["method", "seeds", "share", "published"])
 
 
 def _markdown(table: pd.DataFrame) -> str:

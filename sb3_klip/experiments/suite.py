@@ -203,6 +203,8 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
     if "=" in method and not _is_positive(method.partition("=")[2]):
         return [f"method {method!r}: after '=' stands the value of a knob, so it must be a number above 0"]
+    if "@" in method and not _is_rate(method.partition("@")[2], settings.get("learning_rate")):
+        return [f"method {method!r}: after '@' stands its learning_rate, which is {settings.get('learning_rate')!r}"]
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
@@ -227,6 +229,11 @@ def _is_positive(text: str) -> bool:
         return float(text) > 0
     except ValueError:
         return False
+
+
+def _is_rate(text: str, learning_rate: Any) -> bool:
+    """Whether the text is the learning rate, or where a linear schedule of it begins."""
+    return _is_positive(text) and str(learning_rate).removeprefix("lin_") in (text, str(float(text)))
 
 
 def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any], conf: str | None) -> Suite:

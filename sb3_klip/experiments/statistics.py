@@ -1,0 +1,170 @@
+"""What a few seeds can say: intervals of differences of means, scores over tasks (rliable), and samples to reach a return."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from rliable import library as rly
+from scipy import stats
+
+from sb3_klip.experiments.results import LAST, POINTS, Result
+
+#: Resamples of the bootstrap, and the seed of the generator that draws them.
+RESAMPLES, SEED = 5000, 0
+#: Share of the intervals that hold what they are for.
+CONFIDENCE = 0.95
+#: Bounds of that share in the bootstrap's distribution.
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+
+
+class Interval(NamedTuple):
+    """An estimate and its confidence interval."""
+
+    point: float
+    low: float
+    high: float
+
+    def text(self, form: str) -> str:
+        """As in a table, each number in this form."""
+        return f"{form} [{form}, {form}]".format(*self)
+
+
+def welch(difference: float, means: Iterable[tuple[float, int]]) -> Interval:
+    """
+    The interval of a difference of means, or of a sum of such differences, by Welch: no two variances need be equal.
+
+    :param difference: the estimate
+    :param means: of each mean in it, the square of its standard error, and the size of its sample, 2 or more
+    """
+    errors, sizes = map(np.array, zip(*means, strict=True))
+    if errors.sum() == 0:
+        return Interval(difference, difference, difference)
+    freedom = errors.sum() ** 2 / (errors**2 / (sizes - 1)).sum()
+    low, high = stats.t.interval(CONFIDENCE, freedom, difference, np.sqrt(errors.sum()))
+    return Interval(difference, float(low), float(high))
+
+
+def bootstrap(scores: Mapping[Any, Any], statistic: Callable[..., float]) -> dict[Any, Interval]:
+    """
+    rliable's estimates and its intervals of a bootstrap within tasks; the same scores give the same intervals.
+
+    :param scores: by name, a matrix of seeds × tasks, or a tuple of them, which are resampled one by one
+    :param statistic: of the matrix or matrices
+    """
+    if not scores:
+        return {}
+    # rliable draws from NumPy's own generator, whatever it is given.
+    np.random.seed(SEED)
+    points, bounds = rly.get_interval_estimates(
+        dict(scores), lambda *args: np.array([statistic(*args)]), reps=RESAMPLES, confidence_interval_size=CONFIDENCE
+    )
+    return {key: Interval(float(points[key][0]), *map(float, bounds[key][:, 0])) for key in scores}
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the mean over seeds, by the bootstrap: of up to three seeds, the lowest and the highest.
+
+    :param values: points × seeds
+    """
+    seeds = values.shape[1]
+    chosen = np.random.default_rng(SEED).integers(seeds, size=(RESAMPLES, seeds))
+    low, high = np.quantile(values[:, chosen].mean(axis=2), TAILS, axis=1)
+    return low, high
+
+
+# -- scores over tasks -------------------------------------------------------------------------------------------------
+
+
+def with_scores(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """
+    The runs that can be compared over tasks, with columns ``score`` and ``area_score``.
+
+    A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
+    taken together; the area's is that of the mean return over all of training. Methods with fewer than two seeds on every task
+    are left out, and tasks on which one of the others has fewer, or the reference does not end above where it began. Where the
+    reference has no two seeds on any task, nothing is left.
+
+    :param frame: one row per run: ``task``, ``method``, ``first_return``, ``final_return``, ``area``
+    :param reference: the method to compare with
+    """
+    frame = frame.dropna(subset=["final_return"])
+    counts = frame.pivot_table("final_return", "task", "method", "count", fill_value=0, observed=True)
+    methods = [method for method in counts.columns if counts[method].max() >= 2]
+    ends = frame[frame["method"] == reference].groupby("task", observed=True)[["first_return", "final_return"]].mean()
+    rising = ends.index[ends["first_return"] < ends["final_return"]]
+    tasks = [task for task in counts.index if task in rising and counts.loc[task, methods].min() >= 2]
+    if reference not in methods:
+        tasks = []
+    rows = frame[frame["task"].isin(tasks) & frame["method"].isin(methods)].copy()
+    low, high = (rows["task"].map(ends[name]).astype(float) for name in ("first_return", "final_return"))
+    return rows.assign(score=(rows["final_return"] - low) / (high - low), area_score=(rows["area"] - low) / (high - low))
+
+
+def matrices(rows: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
+    """What rliable works on: for each method a matrix of seeds × tasks, with as many seeds as it has on every task."""
+    found = {}
+    for method, of_method in rows.groupby("method", observed=True):
+        by_task = [values.to_numpy() for _, values in of_method.groupby("task", observed=True)[column]]
+        seeds = min(map(len, by_task))
+        found[method] = np.stack([values[:seeds] for values in by_task], axis=1)
+    return found
+
+
+def gain(rows: pd.DataFrame, method: str, reference: str) -> Interval:
+    """
+    How much higher the method ends than the reference: difference of mean scores, mean over tasks, with Welch's interval.
+
+    :param rows: as from :func:`with_scores`
+    """
+    cells = rows.groupby(["method", "task"], observed=True)["score"].agg(["mean", "var", "count"])
+    tasks = len(cells.loc[reference])
+    both = pd.concat([cells.loc[method], cells.loc[reference]])
+    difference = (cells.loc[method, "mean"] - cells.loc[reference, "mean"]).mean()
+    return welch(float(difference), zip(both["var"] / both["count"] / tasks**2, both["count"], strict=True))
+
+
+def improvement(scores: Mapping[str, np.ndarray], reference: str) -> dict[str, Interval]:
+    """The probability that a run of a method scores higher than one of the reference on the same task; a tie counts half."""
+    pairs = {method: (matrix, scores[reference]) for method, matrix in scores.items() if method != reference}
+
+    # rliable's own gives the same number in three hundred times the time, which a bootstrap takes thousands of times.
+    def wins(ours: np.ndarray, theirs: np.ndarray) -> float:
+        return float(((ours[:, None] > theirs) + 0.5 * (ours[:, None] == theirs)).mean())
+
+    return bootstrap(pairs, wins)
+
+
+# -- samples to reach a return -----------------------------------------------------------------------------------------
+
+
+def trailing_returns(result: Result) -> np.ndarray:
+    """For each point of the curve the mean return of the episodes in the last 10 % of training, counted back from there."""
+    window = round(LAST * POINTS)
+    episodes = result.curve["episodes"].rolling(window, min_periods=1).sum()
+    total = (result.curve["return"].fillna(0) * result.curve["episodes"]).rolling(window, min_periods=1).sum()
+    return (total / episodes).to_numpy()
+
+
+def share_to_reach(runs: Sequence[Result], reference: Sequence[Result]) -> Interval:
+    """
+    The share of training after which the mean over seeds reaches the final return of the reference; infinite if it never does.
+
+    :param runs: of the method, on one task
+    :param reference: runs that have ended at the return to reach
+    :return: with the interval of a bootstrap over both their seeds; with one seed of either it is that of the others alone
+    """
+    curves = np.stack([trailing_returns(run) for run in runs])
+    finals = np.array([trailing_returns(run)[-1] for run in reference])
+    generator = np.random.default_rng(SEED)
+    chosen, targets = (generator.integers(len(of), size=(RESAMPLES, len(of))) for of in (curves, finals))
+
+    def share(mean_curves: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        # Before the first episode ends there is no return, and NaN reaches nothing.
+        reached = mean_curves >= targets[:, None]
+        return np.where(reached.any(axis=1), (reached.argmax(axis=1) + 1) / POINTS, np.inf)
+
+    (point,) = share(curves.mean(axis=0)[None], finals.mean()[None])
+    resampled = share(curves[chosen].mean(axis=1), finals[targets].mean(axis=1))
+    low, high = np.quantile(resampled, TAILS, method="inverted_cdf")  # nothing lies between a number and infinity
+    return Interval(float(point), float(low), float(high))
