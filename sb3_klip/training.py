@@ -114,7 +114,7 @@ class PerSampleKLTraining(Seam):
         coefficient = self._known_coefficient()
         coefficient.set_progress(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
-        clip_range = self._present_clip_range()
+        clip_range: Any = self._present_clip_range()
         if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
             warnings.warn(
                 f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}", stacklevel=4

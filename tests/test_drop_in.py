@@ -488,7 +488,21 @@ def parameters_without_use(case: Case) -> Any:
 # -- optimizers ------------------------------------------------------------------------------------------------------------
 
 
+class SignDescent(th.optim.Optimizer):
+    """An optimizer of the user's own."""
+
+    def __init__(self, params: Any, lr: float, scale: float = 1.0):
+        super().__init__(params, {"lr": lr, "scale": scale})
+
+    @th.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["scale"] * group["lr"] * parameter.grad.sign()
+
+
 @scenario(
+    own={"optimizer_class": SignDescent, "optimizer_kwargs": {"scale": 0.1}},
     weight_decay={"optimizer_kwargs": {"weight_decay": 0.1}},
     amsgrad={"optimizer_kwargs": {"amsgrad": True}},
     adamw={"optimizer_class": th.optim.AdamW},

@@ -269,6 +269,6 @@ class Checkpoints(OnPolicyAlgorithm):
             name = checkpoint.name
             _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
         if isinstance(policy := load_path_or_dict.get("policy"), Mapping):
-            load_path_or_dict = {**load_path_or_dict, "policy": plain_names(policy)}  # type: ignore[dict-item]
+            load_path_or_dict = {**load_path_or_dict, "policy": plain_names(policy)}
         check_parameters(load_path_or_dict, self.policy, name, exact_match)
         super().set_parameters(load_path_or_dict, exact_match, device)

@@ -40,7 +40,7 @@ class Coefficient:
     :param name: how it is shown and saved
     :param parameters: values for its keyword-only arguments: a number, ``"lin_x"`` or a function of the remaining progress
     :raises TypeError: if the function's signature does not fit, a parameter is unknown or of a wrong type, or an object keeps
-        an argument of its constructor to itself, so that it could not be saved
+        an argument of its constructor to itself, or takes ``*args`` or ``**kwargs``, so that it could not be saved
     :raises ValueError: if a parameter is out of range, or what the function returns on a small batch does not fit
     """
 
@@ -234,7 +234,7 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
     """
     if not hasattr(function, "__dict__") or isinstance(function, (types.FunctionType, types.MethodType)):
         return {}
-    kind = type(function)
+    kind: Any = type(function)
     arguments = constructor_signature(kind) if kind.__init__ is not th.nn.Module.__init__ else []
     if any(argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) for argument in arguments):
         raise TypeError(
