@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.checkpoints.resuming import EnvState
 from sb3_klip.files import naming, write_atomically
-from sb3_klip.reproducibility import read_generators, set_generators
+from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.verify.bits import Difference, GradientRecorder, compare_gradients, largest_difference, state_tensors
 
 
@@ -189,11 +189,8 @@ class _PendingComparison:
     def __init__(self, model: Any):
         twin = model.base_twin()
         recorder = GradientRecorder(twin.policy)
-        generators = read_generators()
-        try:
+        with unchanged_generators(model.rollout_buffer):
             twin.train()
-        finally:
-            set_generators(generators)
         self.gradients, self.state = recorder.take(), state_tensors(twin.policy)
         # One more than there should be, to see that there are more; not all of them, if the training ends with an exception.
         self.recorder = GradientRecorder(model.policy, len(self.gradients) + 1)

@@ -106,6 +106,9 @@ class UpdateLog:
 
     def end_epoch(self) -> None:
         """Reduce the epoch's minibatches to the sum over minibatches of each one's mean, as SB3 weighs them."""
+        if not self.minibatches:  # a buffer of the user's own may hand out none
+            return
+        self._last = self.minibatches[-1]
         terms = [minibatch.terms for minibatch in self.minibatches]
         keep = None if self.minibatches[0].mask is None else th.cat([m.mask for m in self.minibatches])  # type: ignore[misc]
 
@@ -167,7 +170,10 @@ class UpdateLog:
         :param ent_coef: entropy coefficient
         :param vf_coef: value function coefficient
         :return: value by logger key, without the ``train/`` prefix
+        :raises ValueError: if there was no minibatch
         """
+        if not self._epochs:
+            raise ValueError("the update had no minibatch: the rollout buffer handed out none, or n_epochs is 0")
         names = list(self._epochs[0])
         table = th.stack([th.stack([epoch[name] for name in names]) for epoch in self._epochs]).tolist()
         total = sum(self._counts)
@@ -175,7 +181,7 @@ class UpdateLog:
         last_epoch = dict(zip(names, table[-1], strict=True))
         logs["approx_kl"] = last_epoch["approx_kl"] / self._counts[-1]
         logs["beta_abs_max"] = max(row[names.index("beta_abs_max")] for row in table)
-        last = self.minibatches[-1]
+        last = self._last
         losses = th.stack([self._last_policy_loss, last.entropy_loss, last.value_loss])
         levels = th.tensor(PERCENTILES, dtype=losses.dtype, device=losses.device) / 100
         policy_loss, entropy_loss, value_loss, *quantiles = th.cat([losses, self.last_beta.quantile(levels)]).tolist()

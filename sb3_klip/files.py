@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -31,8 +32,8 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     :raises OSError: naming the file, if it cannot be written
     """
     path = pathlib.Path(os.path.realpath(path))  # what a link points to
-    # In the same folder: a rename from another file system would be a copy.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder: a rename from another file system would be a copy. Two threads may write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:
             file.write(content)

@@ -69,7 +69,7 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     return weights / total
 
 
-def reduced_clip_range(clip_range: float | th.Tensor, weights: np.ndarray) -> float | th.Tensor:
+def reduced_clip_range(clip_range: float, weights: np.ndarray) -> float:
     """
     ``ε / Σ i p_i``, i = 1 … M: with it, the bound on the total variation of an update is that of PPO with ε.
 

@@ -1,9 +1,12 @@
 """What the bits of a run depend on beside its own state: random generators, and the versions and machine it runs on."""
 
+import functools
 import importlib.metadata
 import pathlib
 import platform
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,37 @@ def set_generators(state: dict[str, Any]) -> None:
     th.set_rng_state(state["torch"])
     for device, generator in enumerate(state["cuda"][: th.cuda.device_count()]):
         th.cuda.set_rng_state(generator, device)
+
+
+@contextmanager
+def unchanged_generators(owner: Any = None) -> Iterator[None]:
+    """
+    Put back afterwards what is drawn from random generators meanwhile.
+
+    :param owner: an object, of which the generators among its attributes are put back, too
+    """
+    state, own = read_generators(), [_own_state(value) for value in vars(owner).values()] if owner is not None else []
+    try:
+        yield
+    finally:
+        set_generators(state)
+        for put_back in own:
+            put_back()
+
+
+def _own_state(generator: Any) -> Callable[[], None]:
+    """What puts a random generator back to where it is now; does nothing for anything else."""
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
+    for kind, read, write in (
+        (random.Random, "getstate", "setstate"),
+        (np.random.RandomState, "get_state", "set_state"),
+        (th.Generator, "get_state", "set_state"),
+    ):
+        if isinstance(generator, kind):
+            return functools.partial(getattr(generator, write), getattr(generator, read)())
+    return lambda: None
 
 
 def versions() -> dict[str, str]:

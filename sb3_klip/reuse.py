@@ -248,10 +248,11 @@ class SampleReuse(PerSampleKLTraining):
 
     def _begin_update(self) -> Update:
         update = super()._begin_update()
-        if self._pool is None:
-            return update
-        clip_range = reduced_clip_range(update.clip_range, self._pool.weights)
-        return update._replace(clip_range=clip_range, replayed=self._pool.replayed)
+        return update if self._pool is None else update._replace(replayed=self._pool.replayed)
+
+    def _present_clip_range(self) -> float:
+        clip_range = super()._present_clip_range()
+        return clip_range if self._pool is None else reduced_clip_range(clip_range, self._pool.weights)
 
     def _positions(self) -> th.Tensor:
         return super()._positions() if self._pool is None else self._pool.positions
@@ -278,7 +279,8 @@ class SampleReuse(PerSampleKLTraining):
         log_prob = th.empty(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs, device=self.device)
         old_log_prob = th.empty_like(log_prob)
         for samples in self.evaluate_rollout():
-            log_prob[samples.indices], old_log_prob[samples.indices] = samples.log_prob, samples.rollout_data.old_log_prob
+            log_prob[samples.indices] = samples.log_prob.to(log_prob.dtype)
+            old_log_prob[samples.indices] = samples.rollout_data.old_log_prob
         return log_prob, old_log_prob
 
     def _end_update(self, update: Update, log: UpdateLog) -> None:

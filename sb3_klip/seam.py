@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from torch.nn import functional as F
 
 from sb3_klip.divergence import PolicySnapshot
-from sb3_klip.reproducibility import read_generators, set_generators
+from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.rollout import indexed_minibatches, rollout_copy
 from sb3_klip.surrogate import kl_estimate
 from sb3_klip.trust_region import policy_ratio_bounds
@@ -97,16 +97,16 @@ class Seam(OnPolicyAlgorithm):
         :raises ValueError: if the rollout's buffer does not tell which samples it hands out
         """
         self.policy.set_training_mode(False)
-        generators = read_generators()  # a buffer of the user's own may draw from any of them
+        buffer = self.rollout_buffer if buffer is None else buffer
         size = None if self.batch_size is None else max(self.batch_size, at_least)
-        for rollout_data, indices in indexed_minibatches(self.rollout_buffer if buffer is None else buffer, size):
-            with th.no_grad():
-                values, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
-            mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
-            if self.normalize_advantage:
-                advantages = self._normalize_advantages(advantages, mask)
-            yield EvaluatedSamples(rollout_data, self._known(indices), mask, values.flatten(), log_prob, advantages)
-        set_generators(generators)
+        with unchanged_generators(buffer):  # one of the user's own may draw from any of them, or from its own
+            for rollout_data, indices in indexed_minibatches(buffer, size):
+                with th.no_grad():
+                    values, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+                mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
+                if self.normalize_advantage:
+                    advantages = self._normalize_advantages(advantages, mask)
+                yield EvaluatedSamples(rollout_data, self._known(indices), mask, values.flatten(), log_prob, advantages)
         self.policy.set_training_mode(True)
 
     def take_snapshot(self) -> PolicySnapshot:

@@ -120,7 +120,7 @@ class PerSampleKLTraining(Seam):
         coefficient = self._known_coefficient()
         coefficient.set_progress(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
-        clip_range = self.clip_range(self._current_progress_remaining)
+        clip_range: Any = self._present_clip_range()
         if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
             warnings.warn(
                 f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}", stacklevel=4
@@ -139,6 +139,10 @@ class PerSampleKLTraining(Seam):
             clip_range = self._tensor(clip_range)
             clip_range_vf = None if clip_range_vf is None else self._tensor(clip_range_vf)
         return Update(coefficient, clip_range, clip_range_vf, snapshot, positions, ratio_bounds, ages)
+
+    def _present_clip_range(self) -> float:
+        """Half-width ε of this update."""
+        return self.clip_range(self._current_progress_remaining)
 
     def _known_coefficient(self) -> Coefficient:
         """

@@ -225,10 +225,15 @@ def test_ctrl_c_inside_of_a_step_leaves_nothing_to_resume_from(step: int, tmp_pa
     learner.save(tmp_path / "whole")  # an ordinary checkpoint
 
 
-def test_environments_that_were_stepped_by_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_environments_that_were_stepped_by_others(unwrapped: bool, tmp_path: Path) -> None:
+    """Also if they are evaluated as the user made them, without the vectorized environments that the model has around them."""
     learner = model().learn(64)
     learner.save(tmp_path / "fine", resumable=True)
-    evaluate_policy(learner, learner.get_env(), n_eval_episodes=1)
+    env = learner.get_env()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no Monitor
+        evaluate_policy(learner, env.envs[0].unwrapped if unwrapped else env, n_eval_episodes=1)
     with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on others"):
         learner.save(tmp_path / "stepped", resumable=True)
     learner.learn(32, reset_num_timesteps=False).save(tmp_path / "again", resumable=True)

@@ -108,6 +108,26 @@ def test_an_object_that_could_not_be_made_again_is_refused():
         KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta=KeepsItToItself(0.5))
 
 
+def test_an_object_whose_constructor_names_no_arguments_is_refused():
+    class PassesOn(KeepsItToItself):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    with pytest.raises(TypeError, match=r"constructor of PassesOn must name its arguments, and not take \*args or \*\*kwargs"):
+        make(PassesOn(0.5))
+
+
+def test_a_module_may_be_a_coefficient():
+    class Zero(th.nn.Module):
+        def forward(self, ratio, advantages, clip_range):
+            return th.zeros_like(ratio)
+
+        def __call__(self, ratio, advantages, clip_range):
+            return super().__call__(ratio, advantages, clip_range)
+
+    assert make(Zero()).parameters == {}
+
+
 def test_trying_out_teaches_an_object_nothing():
     class Counting:
         calls = 0

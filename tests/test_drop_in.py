@@ -488,7 +488,21 @@ def parameters_without_use(case: Case) -> Any:
 # -- optimizers ------------------------------------------------------------------------------------------------------------
 
 
+class SignDescent(th.optim.Optimizer):
+    """An optimizer of the user's own."""
+
+    def __init__(self, params: Any, lr: float, scale: float = 1.0):
+        super().__init__(params, {"lr": lr, "scale": scale})
+
+    @th.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["scale"] * group["lr"] * parameter.grad.sign()
+
+
 @scenario(
+    own={"optimizer_class": SignDescent, "optimizer_kwargs": {"scale": 0.1}},
     weight_decay={"optimizer_kwargs": {"weight_decay": 0.1}},
     amsgrad={"optimizer_kwargs": {"amsgrad": True}},
     adamw={"optimizer_class": th.optim.AdamW},
@@ -859,12 +873,14 @@ def get_and_set_parameters(case: Case) -> Any:
     unknown=lambda parameters: {**parameters, "critic": {}},
     other_names=lambda parameters: {**parameters, "policy": {"weight": th.zeros(1)}},
     no_optimizer_state=lambda parameters: {**parameters, "policy.optimizer": {"junk": 1}},
+    a_list_for_an_optimizer_state=lambda parameters: {**parameters, "policy.optimizer": [1]},
+    nothing_for_a_policy=lambda parameters: {**parameters, "policy": None},
 )
 def parameters_that_do_not_fit(case: Case, change: Any) -> Any:
     model = case.trained()
     try:
         model.set_parameters(change(model.get_parameters()))
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         # Ours may say more than torch's RuntimeError, but who catches that one catches ours.
         return "RuntimeError" if isinstance(error, RuntimeError) else type(error).__name__
     return None
@@ -1014,9 +1030,23 @@ class Halved(RolloutBuffer):
         yield from samples[: 1 + int(th.randint(len(samples), (1,)))]
 
 
-@scenario("KLipPPO")
-def a_buffer_class(case: Case) -> Any:
-    return case.trained(rollout_buffer_class=Halved)
+class Sparse(RolloutBuffer):
+    """Another one, which draws from its own generator, and hands out nothing in some epochs."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.generator = np.random.default_rng(0)
+        super().__init__(*args, **kwargs)
+
+    def get(self, batch_size: int | None = None) -> Any:
+        if self.generator.random() < 0.5:
+            yield from super().get(batch_size)
+
+
+@scenario("KLipPPO", draws_with_torch=Halved, leaves_epochs_out=Sparse)
+def a_buffer_class(case: Case, kind: type[RolloutBuffer]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # SB3 takes the mean of an epoch's minibatches also if there are none
+        return case.trained(rollout_buffer_class=kind, n_epochs=6)
 
 
 @scenario()

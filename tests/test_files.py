@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,14 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
         write_atomically(path, content)
         assert path.read_bytes() == content
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_may_write_the_same_file(tmp_path):
+    path, contents = tmp_path / "file", [bytes([number]) * 100_000 for number in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_atomically, [path] * 40, contents))
+    assert path.read_bytes() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_file_that_a_link_points_to_is_replaced(tmp_path):

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch as th
 from helpers import assert_same_generators
 
@@ -16,6 +17,7 @@ from sb3_klip.reproducibility import (
     processor,
     read_generators,
     set_generators,
+    unchanged_generators,
     versions,
 )
 
@@ -31,6 +33,35 @@ def test_generators_are_put_back():
     set_generators(state)
     assert_same_generators(read_generators(), state)
     assert draw() == first
+
+
+def test_what_draws_for_a_while_changes_no_generator():
+    class Owner:
+        def __init__(self):
+            self.python, self.numpy, self.old = random.Random(1), np.random.default_rng(1), np.random.RandomState(1)
+            self.torch, self.other = th.Generator().manual_seed(1), "no generator"
+
+        def draw(self):
+            own = self.python.random(), self.numpy.random(), self.old.rand(), th.rand(1, generator=self.torch).item()
+            return (*draw(), *own)
+
+    owner = Owner()
+    with unchanged_generators(owner):
+        first = owner.draw()
+
+    @unchanged_generators(owner)
+    def fail():
+        assert owner.draw() == first
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with unchanged_generators():
+        second = owner.draw()
+    third = owner.draw()
+    assert second == first
+    assert third[:3] == first[:3]
+    assert all(a != b for a, b in zip(third[3:], first[3:], strict=True))
 
 
 def test_versions_and_processor():

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import gymnasium as gym
 import numpy as np
@@ -10,6 +11,7 @@ import torch as th
 from gymnasium.wrappers import TimeLimit
 from helpers import FAST, Counter, assert_identical, cartpole, pendulum, train
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
+from scipy.optimize import brentq
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.envs import SimpleMultiObsEnv
@@ -46,7 +48,7 @@ def test_one_rollout_is_ppo_with_no_operation_more(reuse, monkeypatch):
     assert_identical(ours, train(PPO, "MlpPolicy", pendulum, 192, **FAST)[0])
     # The same without anything of this module.
     for name in (
-        *("collect_rollouts", "_update_info_buffer", "train", "_begin_update", "_positions", "_ages"),
+        *("collect_rollouts", "_update_info_buffer", "train", "_begin_update", "_positions", "_ages", "_present_clip_range"),
         *("_update_learning_rate", "_rollout_kl", "_end_update"),
     ):
         monkeypatch.delattr(SampleReuse, name)
@@ -142,6 +144,60 @@ def test_what_coefficients_are_told():
         th.testing.assert_close(ratio[0], th.ones(32), atol=1e-5, rtol=0)
         th.testing.assert_close(kl[0], th.zeros(32), atol=1e-6, rtol=0)
         assert th.cat(kl).max() > 0
+
+
+def categorical_bounds(log_q, clip_range):
+    """Where the divergence of q from r q, the other actions keeping their proportions, is that of q = 1/2 and r = 1 + ε."""
+    q, delta = math.exp(log_q), -0.5 * math.log(1 - clip_range**2)
+
+    def excess(r):
+        return (1 - q) * math.log((1 - q) / (1 - q * r)) - q * math.log(r) - delta
+
+    return brentq(excess, 1e-12, 1), brentq(excess, 1, (1 - 1e-12) / q)
+
+
+def gaussian_bounds(log_q, clip_range, std):
+    """The same of an action in one dimension, the best of many Gaussians as far from N(0, 1) as the mean's fit to 1 + ε."""
+    z = math.sqrt(max(0.0, -2 * (log_q + math.log(std * math.sqrt(2 * math.pi)))))
+    delta = 0.5 * ((1 + clip_range) ** 2 - 1) - math.log1p(clip_range)
+    new_std = np.linspace(0.5, 2, 200_001)
+    square = 2 * new_std**2 * (delta + 0.5 - np.log(new_std)) - 1
+    new_std, mean = new_std[square >= 0], np.sqrt(square[square >= 0])
+    ratios = [np.exp(z**2 / 2 - ((z - m) / new_std) ** 2 / 2) / new_std for m in (mean, -mean)]
+    return np.min(ratios), np.max(ratios)
+
+
+@pytest.mark.parametrize("make_env", [cartpole, pendulum])
+def test_probabilities_and_ratio_bounds_are_those_at_the_start_of_the_update(make_env):
+    """And the bounds those of the reduced clip range, not of PPO's."""
+    seen = []
+
+    def watching(ratio, advantages, clip_range, old_log_prob, least_ratio, greatest_ratio, *, delta=None):
+        seen.append(th.stack([old_log_prob, least_ratio, greatest_ratio]))
+        return th.zeros_like(ratio)
+
+    model = KLipPPO("MlpPolicy", make_env(), **{**REUSE, "n_epochs": 1}, seed=0, beta=watching)
+    pooled, started = model._pooled, []
+
+    def pooling():
+        pool, policy = pooled(), model.policy
+        observations, actions = (th.as_tensor(getattr(pool.buffer, name)[:, 0]) for name in ("observations", "actions"))
+        with th.no_grad():
+            log_prob = policy.evaluate_actions(observations, actions if make_env is pendulum else actions.flatten())[1]
+        started.append((log_prob, policy.log_std.exp().item() if make_env is pendulum else 0.0))
+        return pool
+
+    model._pooled = pooling
+    seen.clear()
+    model.learn(64 * 3)
+    for number, (log_prob, std) in enumerate(started, start=1):
+        minibatches, seen = seen[: 2 * number], seen[2 * number :]
+        log_q, least, greatest = th.cat(minibatches, dim=1)
+        th.testing.assert_close(log_q.sort().values, log_prob.sort().values, atol=1e-4, rtol=0)
+        for sample in range(0, len(log_q), 16):
+            arguments = (log_q[sample].item(), 0.2 * 2 / (number + 1))
+            bounds = categorical_bounds(*arguments) if make_env is cartpole else gaussian_bounds(*arguments, std)
+            assert (least[sample].item(), greatest[sample].item()) == pytest.approx(bounds, rel=2e-3)
 
 
 def test_age_is_zero_without_reuse():

@@ -227,11 +227,15 @@ def test_registered_coefficient_of_a_users_own():
 
 
 class Drawing(RolloutBuffer):
-    """A buffer that draws with torch when it is asked for samples."""
+    """A buffer that draws with torch, and from its own generator, when it is asked for samples."""
+
+    def __init__(self, *args, **kwargs):
+        self.generator = np.random.default_rng(0)
+        super().__init__(*args, **kwargs)
 
     def _get_samples(self, batch_inds, env=None):
-        th.rand(1)
-        return super()._get_samples(batch_inds, env)
+        samples = super()._get_samples(batch_inds, env)
+        return samples._replace(advantages=samples.advantages + th.rand(1) + self.generator.random())
 
 
 def test_measuring_the_divergence_draws_nothing_of_what_a_buffer_draws():
@@ -243,6 +247,11 @@ def test_measuring_the_divergence_draws_nothing_of_what_a_buffer_draws():
     assert_identical(*models)
 
 
+def test_an_update_without_minibatches_is_an_error():
+    with pytest.raises(ValueError, match="no minibatch: the rollout buffer handed out none, or n_epochs is 0"):
+        KLipPPO("MlpPolicy", pendulum(), **{**FAST, "n_epochs": 0}).learn(64)
+
+
 class Double(FlattenExtractor):
     """Features in double precision."""
 
@@ -250,11 +259,12 @@ class Double(FlattenExtractor):
         return super().forward(observations).double()
 
 
+@pytest.mark.parametrize("reuse", [1, 2])
 @pytest.mark.parametrize("name", available())
-def test_every_coefficient_trains_a_policy_of_double_precision(name):
+def test_every_coefficient_trains_a_policy_of_double_precision(name, reuse):
     kwargs = {**FAST, "policy_kwargs": {"features_extractor_class": Double}}
     env = cartpole() if make(name).needs_probabilities else pendulum()
-    model = KLipPPO("MlpPolicy", env, seed=0, **kwargs, beta=name)
+    model = KLipPPO("MlpPolicy", env, seed=0, **kwargs, beta=name, reuse=reuse)
     model.policy.double()
     model.learn(128)
     assert all(parameter.dtype == th.float64 and parameter.isfinite().all() for parameter in model.policy.parameters())

@@ -121,7 +121,9 @@ class Checkpoint(NamedTuple):
                 resume = archive.read(RESUME) if RESUME in members else None
                 tensors = [archive.read(m) for m in ("pytorch_variables.pth", "tensors.pth") if m in members]
         except _UNREADABLE as error:
-            raise ValueError(f"{name} is not a checkpoint, or was cut off: {error}") from error
+            # In the words of Stable-Baselines3.
+            reason = "it wasn't a zip-file" if "not a zip file" in str(error) else error
+            raise ValueError(f"{name} is not a checkpoint, or was cut off: {reason}") from error
         finally:
             if opened is not file:
                 opened.close()

@@ -5,7 +5,7 @@ import io
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -268,8 +268,7 @@ class Checkpoints(OnPolicyAlgorithm):
             checkpoint.check_algorithm(type(self))
             name = checkpoint.name
             _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
-        if "policy" in load_path_or_dict:
-            policy = plain_names(load_path_or_dict["policy"])
-            load_path_or_dict = {**load_path_or_dict, "policy": policy}  # type: ignore[dict-item]
+        if isinstance(policy := load_path_or_dict.get("policy"), Mapping):
+            load_path_or_dict = {**load_path_or_dict, "policy": plain_names(policy)}
         check_parameters(load_path_or_dict, self.policy, name, exact_match)
         super().set_parameters(load_path_or_dict, exact_match, device)

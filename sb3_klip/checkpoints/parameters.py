@@ -31,6 +31,8 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
     :raises ArchitectureError: naming the parameters that do not fit, with both shapes
     """
     given, own = parameters.get("policy", {}), policy.state_dict()
+    if not isinstance(given, Mapping):
+        return  # Stable-Baselines3 refuses what is no state
     problems = [
         f"{key} is {tuple(given[key].shape)} and should be {tuple(own[key].shape)}"
         for key in given
@@ -53,7 +55,7 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
 
 def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
     """Problems with the state of an optimizer, whose ``load_state_dict`` looks at none of the shapes."""
-    if not state or not {"state", "param_groups"} <= state.keys():
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
         return []  # Stable-Baselines3 refuses what is no optimizer's state
     own = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
     given = [index for group in state["param_groups"] for index in group["params"]]

@@ -38,12 +38,12 @@ class Boundary(NamedTuple):
 
     :param num_timesteps: steps that were taken until then
     :param generators: state of the random generators then; None while nothing has drawn from them since
-    :param observations: what environments in this process showed last
+    :param environments: what environments in this process showed last, and drew from last
     """
 
     num_timesteps: int
     generators: dict[str, Any] | None
-    observations: dict[Any, np.ndarray]
+    environments: dict[Any, np.ndarray]
 
     @classmethod
     def now(cls, model: Any, generators: dict[str, Any] | None = None) -> "Boundary":
@@ -53,7 +53,7 @@ class Boundary(NamedTuple):
         :param model: the model
         :param generators: state of the random generators, if something is about to draw from them
         """
-        return cls(model.num_timesteps, generators, _observations(model.env))
+        return cls(model.num_timesteps, generators, _traces(model.env))
 
     def is_now(self, model: Any) -> bool:
         """
@@ -61,17 +61,28 @@ class Boundary(NamedTuple):
 
         :param model: the model
         """
-        seen = _observations(model.env)
-        same = seen.keys() == self.observations.keys() and all(
-            np.array_equal(seen[key], array, equal_nan=array.dtype.kind in "fc") for key, array in self.observations.items()
+        seen = _traces(model.env)
+        same = seen.keys() == self.environments.keys() and all(
+            np.array_equal(seen[key], array, equal_nan=array.dtype.kind in "fc") for key, array in self.environments.items()
         )
         return self.num_timesteps == model.num_timesteps and same
 
 
-def _observations(env: VecEnv | None) -> dict[Any, np.ndarray]:
-    """The observations that environments in this process have given last, which anybody who steps or resets them changes."""
+def _traces(env: VecEnv | None) -> dict[Any, np.ndarray]:
+    """
+    What anybody changes who steps or resets environments in this process: their last observations, and, where the vectorized
+    environments are passed over, the generators that a reset draws from.
+    """
     base = None if env is None else env.unwrapped
-    return {key: array.copy() for key, array in base.buf_obs.items()} if isinstance(base, DummyVecEnv) else {}
+    if not isinstance(base, DummyVecEnv):
+        return {}
+    generators = [getattr(each.unwrapped, "_np_random", None) for each in base.envs]
+    drawn = {
+        number: np.frombuffer(pickle.dumps(generator), dtype=np.uint8)
+        for number, generator in enumerate(generators)
+        if isinstance(generator, np.random.Generator)
+    }
+    return {**{key: array.copy() for key, array in base.buf_obs.items()}, **drawn}
 
 
 def conditions(device: th.device) -> dict[str, str]:

@@ -43,7 +43,7 @@ class Coefficient:
     :param name: how it is shown and saved
     :param parameters: values for its keyword-only arguments: a number, ``"lin_x"`` or a function of the remaining progress
     :raises TypeError: if the function's signature does not fit, a parameter is unknown or of a wrong type, or an object keeps
-        an argument of its constructor to itself, so that it could not be saved
+        an argument of its constructor to itself, or takes ``*args`` or ``**kwargs``, so that it could not be saved
     :raises ValueError: if a parameter is out of range, or what the function returns on a small batch does not fit
     """
 
@@ -249,14 +249,21 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
     """
     What an object was made with, from its attributes of the same names: the convention of scikit-learn's estimators.
 
-    :raises TypeError: if an argument of its constructor is none of its attributes
+    :raises TypeError: if an argument of its constructor is none of its attributes, or has no name
     """
     if not hasattr(function, "__dict__") or isinstance(function, (types.FunctionType, types.MethodType)):
         return {}
-    named = [a.name for a in constructor_signature(type(function)) if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    kind: Any = type(function)
+    arguments = constructor_signature(kind) if kind.__init__ is not th.nn.Module.__init__ else []
+    if any(argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD) for argument in arguments):
+        raise TypeError(
+            f"coefficient {name!r} could not be saved and loaded again: the constructor of {kind.__name__} must name its "
+            "arguments, and not take *args or **kwargs"
+        )
+    named = [argument.name for argument in arguments]
     if hidden := [argument for argument in named if not hasattr(function, argument)]:
         raise TypeError(
-            f"coefficient {name!r} could not be saved and loaded again: {type(function).__name__} must keep the argument "
+            f"coefficient {name!r} could not be saved and loaded again: {kind.__name__} must keep the argument "
             f"{hidden[0]!r} of its constructor as an attribute of that name (self.{hidden[0]} = {hidden[0]})"
         )
     return {argument: copy.copy(getattr(function, argument)) for argument in named}

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_klip.callbacks import ResumableCheckpointCallback
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import load_vecnormalize, read_zoo_yaml, statistics_file
-from sb3_klip.reproducibility import read_generators, set_generators
+from sb3_klip.reproducibility import unchanged_generators
 
 #: Episodes that a loaded agent plays before it is trained further.
 EPISODES = 20
@@ -135,11 +135,10 @@ def report(manager: ExperimentManager, model: BaseAlgorithm) -> None:
     :param manager: RL Zoo's manager
     :param model: the agent
     """
-    generators = read_generators()  # playing must not change what training draws
-    eval_env = manager.create_envs(1, eval_env=True, no_log=True)
-    mean, std = evaluate_policy(model, eval_env, EPISODES, deterministic=True)
-    eval_env.close()
-    set_generators(generators)
+    with unchanged_generators():  # playing must not change what training draws
+        eval_env = manager.create_envs(1, eval_env=True, no_log=True)
+        mean, std = evaluate_policy(model, eval_env, EPISODES, deterministic=True)
+        eval_env.close()
     print(f"The loaded agent's deterministic return over {EPISODES} episodes: {mean:.2f} +/- {std:.2f}")
 
 
