@@ -199,7 +199,7 @@ def test_the_two_trainings_end_with_the_command(endless, tmp_path, number):
 
 
 def test_an_interrupt_of_plot_is_quiet(monkeypatch, capsys):
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plot, "gradient", interrupted)

@@ -30,14 +30,17 @@ def can_be_one_step(model: Any, coefficient: Any) -> bool:
 
     :param model: an algorithm of this package
     :param coefficient: its coefficient
-    :return: False, too, where something is to be decided between the loss and the step
+    :return: False, too, where somebody decides, or waits, between the loss and the step
     """
+    parameters = list(model.policy.parameters())
     decides = model.target_kl is not None or hasattr(coefficient.function, "stop")
+    waits = any(parameter._post_accumulate_grad_hooks for parameter in parameters)
     return (
         coefficient.is_constant
         and not decides
+        and not waits
         and has_columns(model.rollout_buffer)
-        and can_be_one_tensor(model.policy.optimizer, list(model.policy.parameters()))
+        and can_be_one_tensor(model.policy.optimizer, parameters)
         and len(_STEPS.get(model, ())) < MOST_GRAPHS
         and not reason_against(model)
     )
