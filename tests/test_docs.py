@@ -48,7 +48,18 @@ WITH_CODE = [page for page in DOCS if page]
 NOT_RUN = README + [block for page in PAGES for block in blocks(page, "py")]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page[0].place.partition(":")[0])
+#: Pages whose code trains for more than a few seconds.
+LONG = ("docs/coefficients.md", "docs/how_do_i.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name, marks=pytest.mark.slow if name in LONG else ())
+        for page in WITH_CODE
+        for name in [page[0].place.partition(":")[0]]
+    ],
+)
 def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -261,8 +261,12 @@ class Double(FlattenExtractor):
         return super().forward(observations).double()
 
 
+#: Of each kind one; the others are slow because there are many.
+FEW = ("step", "fixed", "position", "trust_region_guided", "probability_clip")
+
+
 @pytest.mark.parametrize("reuse", [1, 2])
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in available()])
 def test_every_coefficient_trains_a_policy_of_double_precision(name, reuse):
     kwargs = {**FAST, "policy_kwargs": {"features_extractor_class": Double}}
     env = cartpole() if make(name).needs_probabilities else pendulum()
