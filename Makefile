@@ -27,7 +27,7 @@ train: $(INSTALLED) ## train through RL Zoo, and evaluate: ENV=Hopper-v4 ALGO=kl
 		--eval-freq 10000 --tensorboard-log logs/tensorboard -P
 	@$(BIN)/python -m sb3_klip.zoo.evaluate --algo $(ALGO) --env $(ENV)
 
-test: $(INSTALLED) ## the fast tests: under 6 minutes on two idle cores
+test: $(INSTALLED) ## the fast tests
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED) ## the tests that take minutes
