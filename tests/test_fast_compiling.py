@@ -37,6 +37,8 @@ QUICK = {"backend": "aot_eager"}
         ("yes", TypeError, "not 'yes'"),
         ({"backnd": "eager"}, TypeError, "Did you mean 'backend'"),
         ({"backend": "inductr"}, ValueError, "Did you mean 'inductor'"),
+        ({"mode": "max-autotun"}, ValueError, "Did you mean 'max-autotune'"),
+        ({"options": {"cpp_wraper": True}}, ValueError, "Did you mean 'cpp_wrapper'"),
     ],
 )
 def test_wrong_options_are_refused(options: Any, error: type[Exception], message: str) -> None:

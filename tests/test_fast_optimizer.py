@@ -106,6 +106,21 @@ def test_one_tensor_has_the_same_bits(policy: str, kwargs: dict[str, Any], env_i
     assert one_tensor_steps
 
 
+def test_where_torch_calculates_otherwise_its_own_adam_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later version of torch might."""
+    used: list[int] = []
+    ours, theirs = optimizer._adam, optimizer._torch_adam
+
+    def other(*args: Any) -> None:
+        ours(*args)
+        args[0].add_(1e-6)
+
+    monkeypatch.setattr(optimizer, "_adam", other)
+    monkeypatch.setattr(optimizer, "_torch_adam", lambda *args: used.append(1) or theirs(*args))  # type: ignore[func-returns-value]
+    assert_identical(*both("MlpPolicy", "Pendulum-v1"))
+    assert len(used) == 3 * (1 + 2 * 4)  # in each update once to compare, and then for every step
+
+
 @pytest.mark.parametrize(
     ("policy", "kwargs"),
     [

@@ -46,7 +46,7 @@ def check_compile(options: bool | dict[str, Any]) -> None:
 
     :param options: arguments of ``torch.compile``, or True for none; or False
     :raises TypeError: if it is of another type, or names what is not an argument of ``torch.compile``
-    :raises ValueError: if the backend is unknown
+    :raises ValueError: if the backend, the mode, or an option of the backend "inductor" is unknown
     :raises RuntimeError: if torch cannot compile here
     """
     if options is False:
@@ -67,8 +67,17 @@ def check_compile(options: bool | dict[str, Any]) -> None:
         )
     if backend == "inductor":
         # Only here: importing torch's compiler takes time and memory.
+        from torch._inductor import list_mode_options, list_options
         from torch._inductor.cpp_builder import get_cpp_compiler
 
+        modes, mode = list_mode_options(), given.get("mode")
+        if mode is not None and mode not in modes:
+            raise ValueError(f"compile's mode={mode!r} must be one of {', '.join(modes)}.{did_you_mean(mode, modes)}")
+        for name in given.get("options") or ():
+            if name.replace("-", "_") not in list_options():
+                raise ValueError(
+                    f"compile's options have {name!r}, which torch does not know.{did_you_mean(name, list_options())}"
+                )
         try:
             get_cpp_compiler()
         except Exception as error:

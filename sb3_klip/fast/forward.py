@@ -77,8 +77,8 @@ class ShortForward(StandIn):
         seen = obs.float().flatten(1)
         latent, values = _through(actor, seen), _through(critic, seen)
         if kind is DiagGaussianDistribution:
-            actions, log_prob = _gaussian(latent, *self.deviation.of(policy._parameters["log_std"], latent))
-            return actions.reshape((-1, *policy.action_space.shape)), values, log_prob
+            drawn, log_prob = _gaussian(latent, *self.deviation.of(policy._parameters["log_std"], latent))
+            return th.from_numpy(drawn.reshape(-1, *policy.action_space.shape)), values, log_prob
         actions, log_prob = _categorical(latent)
         return actions, values, log_prob
 
@@ -125,14 +125,14 @@ class _Deviation:
 
 def _gaussian(
     mean: th.Tensor, std: np.ndarray, twice_variance: np.ndarray, log_std: np.ndarray
-) -> tuple[th.Tensor, th.Tensor]:
+) -> tuple[np.ndarray, th.Tensor]:
     """Actions and their log-probabilities, as ``DiagGaussianDistribution`` draws and rounds them."""
     noise, centre = th.empty_like(mean).normal_().numpy(), mean.numpy()
     actions = centre + noise * std
     distance = actions - centre
     log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI
     _check_action(log_prob, "log-probability")
-    return th.from_numpy(actions), th.from_numpy(log_prob).sum(dim=1)
+    return actions, th.from_numpy(log_prob).sum(dim=1)
 
 
 _LOG_SQRT_2_PI = np.float32(math.log(math.sqrt(2 * math.pi)))

@@ -70,26 +70,35 @@ def whole_step(model: Any, update: Any) -> Iterator[Callable[..., tuple[th.Tenso
     states = [optimizer.state[parameter] for parameter in parameters]
     # In double precision: Adam's corrections are differences of numbers near 1.
     count, rate = states[0]["step"].double(), th.tensor(float(group["lr"]), dtype=th.float64)
-    own = [*parameters, *(state[name] for name in ("exp_avg", "exp_avg_sq") for state in states), count, rate]
+    changed = [*parameters, *(state[name] for name in ("exp_avg", "exp_avg_sq") for state in states), count, rate]
+    own = [tensor.detach() for tensor in changed]
     gradients: Sequence[th.Tensor] = ()
+    ready: dict[int, Callable[..., Any]] = {}  # within one update, all else is the same for minibatches of one size
 
     @th.no_grad()
     def compute(samples: Any, indices: th.Tensor, update: Any) -> tuple[th.Tensor, Minibatch]:
         nonlocal gradients
-        columns = rows_of(samples, None)
-        tensors = [*(tensor.detach() for tensor in own), indices, *columns, *constants]
-        key = (numbers, structure, *((tensor.shape, tensor.dtype) for tensor in tensors))
+        if len(indices) not in ready:
+            ready[len(indices)] = make_ready(samples, indices, update)
         # torch also switches the validation off for good when it first compiles anything.
         with unvalidated_distributions():
-            if key not in steps_made:
-                step = _step(model, samples, indices, update, settings)
-                options = {} if model.compile is True else dict(model.compile)
-                with th.enable_grad():
-                    traced = make_fx(step)(*(tensor.clone() for tensor in tensors))  # it is run, and changes what it is given
-                steps_made[key] = th.compile(traced, **options)
-            norm, *outputs = steps_made[key](*tensors)
+            norm, *outputs = ready[len(indices)](indices)
         gradients = outputs[: len(parameters)]
         return norm, logged(outputs[len(parameters) :])
+
+    def make_ready(samples: Any, indices: th.Tensor, update: Any) -> Callable[..., Any]:
+        """The step as a function of the places of the samples."""
+        others = (*rows_of(samples, None), *constants)
+        key = (numbers, structure, *((tensor.shape, tensor.dtype) for tensor in (*own, indices, *others)))
+        if key not in steps_made:
+            step = _step(model, samples, indices, update, settings)
+            tensors = [tensor.clone() for tensor in (*own, indices, *others)]  # it is run, and changes what it is given
+            with unvalidated_distributions():
+                with th.enable_grad():
+                    traced = make_fx(step)(*tensors)
+                steps_made[key] = _compiled(traced, tensors, {} if model.compile is True else dict(model.compile))
+        run = steps_made[key]
+        return lambda indices: run(*own, indices, *others)
 
     try:
         yield compute
@@ -133,6 +142,15 @@ def _step(model: Any, samples: Any, indices: th.Tensor, update: Any, settings: d
         return (norm, *gradients, *outputs[number:])
 
     return step
+
+
+def _compiled(traced: Any, tensors: Sequence[th.Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    """A graph as a compiled function; without the guards of ``torch.compile``, which the key has in their place."""
+    if options.keys() <= {"options"}:
+        from torch import _inductor  # takes time and memory
+
+        return _inductor.compile(traced, list(tensors), options.get("options"))
+    return th.compile(traced, **options)
 
 
 def _taken(value: Any, indices: th.Tensor) -> Any:
