@@ -60,9 +60,8 @@ experiments: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE
 report: $(INSTALLED) ## tables and figures of a suite: SUITE=smoke
 	$(BIN)/python -m sb3_klip.experiments report logs/experiments/$(SUITE)
 
-timings: $(INSTALLED) ## print how long updates, whole trainings and imports take, beside PPO's
-	$(BIN)/python timings/train.py --compile
-	$(BIN)/python timings/end_to_end.py
+timings: $(INSTALLED) ## time updates, whole trainings and imports beside PPO's, in half an hour: SBX=path/to/python for SBX, too
+	$(BIN)/python timings/overview.py $(if $(SBX),--sbx-python $(SBX))
 	$(BIN)/python timings/imports.py
 
 release-check: $(INSTALLED) ## build the wheel and the sdist into dist, and try both in fresh environments

@@ -19,8 +19,9 @@ from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
 from sb3_klip.divergence import PolicySnapshot, scatter_to_mask
 from sb3_klip.fast.compiling import compiled_loss
-from sb3_klip.fast.graph import given_up, graph_loss, reason_against
+from sb3_klip.fast.graph import given_up, graph_loss, reason_against, reason_not_worth_it
 from sb3_klip.fast.optimizer import Step, optimizer_step
+from sb3_klip.fast.sequences import short_sequences
 from sb3_klip.fast.whole_step import can_be_one_step, whole_step
 from sb3_klip.replay import Replayed, normalized_advantages
 from sb3_klip.rollout import episode_positions, indexed_minibatches, non_finite
@@ -172,11 +173,14 @@ class PerSampleKLTraining(Seam):
             self.update_path = "compiled, the loss alone"
             compute = compiled_loss(self)
         else:
-            reason = reason_against(self)
+            reason = reason_against(self) or reason_not_worth_it(self)
             self._tell_path(reason)
             compute = self._loss if reason else graph_loss(self, update)
         parameters = list(self.policy.parameters())
-        with optimizer_step(self.policy.optimizer, parameters, self.max_grad_norm, fused=bool(self.compile)) as step:
+        with (
+            short_sequences(self.policy),
+            optimizer_step(self.policy.optimizer, parameters, self.max_grad_norm, fused=bool(self.compile)) as step,
+        ):
             yield compute, step, True
 
     def _tell_path(self, reason: str) -> None:

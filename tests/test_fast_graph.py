@@ -372,3 +372,11 @@ def test_reasons_in_torch(reason: str) -> None:
 def test_the_path_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     model(verbose=1).learn(STEPS)
     assert capsys.readouterr().out.count("The update is traced") == 1
+
+
+def test_no_graph_where_comparing_it_takes_longer_than_it_saves() -> None:
+    """400 000 parameters and 256 samples: as many products as a graph is worth in 25 minibatches, of which there are 2."""
+    large: dict[str, Any] = {"policy_kwargs": {"net_arch": [440, 440]}, "n_steps": 512, "batch_size": 256}
+    learner = model(env="CartPole-v1", n_epochs=1, **large).learn(512)
+    assert learner.update_path == "eager, as products of matrices take nearly all of its time"
+    assert graph.reason_not_worth_it(model(env="CartPole-v1", n_epochs=20, **large)) == ""

@@ -1,14 +1,16 @@
 """
-Frames per second and peak memory of whole training runs, each in a process of its own, in turn.
+Frames per second, start-up and peak memory of whole training runs, each in a process of its own, in turn.
 
     python timings/end_to_end.py
-    python timings/end_to_end.py --env CartPole-v1 --n-envs 8 --steps 65536
+    python timings/end_to_end.py --env HalfCheetah-v4 --normalize
+    python timings/end_to_end.py --env CartPole-v1 --n-envs 8
     python timings/end_to_end.py --sbx-python sbx/bin/python   # also SBX's PPO, from an environment that has sbx-rl
 
 The setting is the paper's, which is also SB3's default: 2048 steps, minibatches of 64, 10 epochs, two layers of 64. The first
-two rollouts, in which functions are compiled, do not count.
+4096 steps, in which functions are traced or compiled, do not count. XLA, which SBX uses, takes as many threads as it likes.
 """
 
+import importlib
 import json
 import resource
 import statistics
@@ -16,86 +18,115 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-#: Rollouts that do not count.
+#: Steps that do not count.
 WARM_UP = 2 * 2048
+#: Steps of a short training, which counts from the start of its process.
+SHORT = 20_000
+#: What is timed: module, class, and arguments of its constructor.
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "PPO": ("stable_baselines3", "PPO", {"device": "cpu"}),
+    "KLipPPO": ("sb3_klip", "KLipPPO", {"device": "cpu"}),
+    "KLipPPO, compiled": ("sb3_klip", "KLipPPO", {"device": "cpu", "compile": True}),
+    "SBX PPO": ("sbx", "PPO", {}),
+}
 
 
-def worker(name: str, env_id: str, n_envs: int, steps: int, threads: int) -> None:
+class Run(NamedTuple):
+    """What is trained on."""
+
+    env: str = "Hopper-v4"
+    n_envs: int = 1
+    normalize: bool = False
+
+    def __str__(self) -> str:
+        number = "1 environment" if self.n_envs == 1 else f"{self.n_envs} environments"
+        return f"{self.env}, {number}{', VecNormalize' if self.normalize else ''}"
+
+
+def worker(name: str, run: Run, steps: int, threads: int, started: float) -> None:
     """One run, in this process; prints what it measured."""
     import torch as th
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
 
     th.set_num_threads(threads)
-    kwargs: dict[str, object] = {} if name == "SBX PPO" else {"device": "cpu"}
-    if name == "SBX PPO":
-        import sbx
-
-        algorithm = sbx.PPO
-    elif name == "PPO":
-        import stable_baselines3
-
-        algorithm = stable_baselines3.PPO
-    else:
-        import sb3_klip
-
-        algorithm = sb3_klip.KLipPPO
-        kwargs["compile"] = name == "KLipPPO, compiled"
-    model = algorithm("MlpPolicy", make_vec_env(env_id, n_envs), seed=0, **kwargs)
-    model.learn(WARM_UP * n_envs)
-    start = time.perf_counter()
+    module, algorithm, kwargs = METHODS[name]
+    env = make_vec_env(run.env, run.n_envs)
+    env = VecNormalize(env) if run.normalize else env
+    model = getattr(importlib.import_module(module), algorithm)("MlpPolicy", env, seed=0, **kwargs)
+    if steps == 0:
+        model.learn(SHORT)
+        print(json.dumps({"seconds": time.time() - started}))
+        return
+    model.learn(WARM_UP)
+    before, start = model.num_timesteps, time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
-    print(json.dumps({"fps": (model.num_timesteps - WARM_UP * n_envs) / seconds, "peak": peak / 1024}))
+    print(json.dumps({"seconds": seconds / (model.num_timesteps - before), "peak": peak / 1024}))
+
+
+def compare(run: Run, steps: int, repeats: int, threads: int = 1, sbx_python: Path | None = None) -> dict[str, Any]:
+    """
+    Seconds per frame, ratios and peak memory of PPO and the others.
+
+    :param steps: steps that count; 0 for the first 20 000 of the process, imports included
+    :param repeats: number of processes of each
+    :param threads: threads of torch
+    :param sbx_python: Python of an environment that has sbx-rl
+    """
+    from common import in_turn, ratios
+
+    pythons = {name: str(sbx_python) if module == "sbx" else sys.executable for name, (module, *_) in METHODS.items()}
+    if sbx_python is None:
+        del pythons["SBX PPO"]
+    peaks: dict[str, list[float]] = {name: [] for name in pythons}
+
+    def one(name: str) -> float:
+        arguments = (run.env, run.n_envs, int(run.normalize), steps, threads, time.time())
+        command = [pythons[name], __file__, "worker", name, *map(str, arguments)]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        measured = json.loads(output.splitlines()[-1])
+        peaks[name].append(measured.get("peak", 0.0))
+        return measured["seconds"]
+
+    seconds = in_turn({name: lambda name=name: one(name) for name in pythons}, repeats)  # type: ignore[misc]
+    return {
+        "setting": str(run),
+        "run": run._asdict(),
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "peak": {name: statistics.median(values) for name, values in peaks.items()},
+        "ratios": ratios(seconds, "PPO"),
+    }
 
 
 def main() -> None:
     """Run the comparison."""
     if sys.argv[1:2] == ["worker"]:
-        name, env_id, *numbers = sys.argv[2:]
-        worker(name, env_id, *map(int, numbers))
+        name, env_id, n_envs, normalize, steps, threads, started = sys.argv[2:]
+        worker(name, Run(env_id, int(n_envs), normalize == "1"), int(steps), int(threads), float(started))
         return
 
-    from common import in_turn, parser, ratios, table, write
+    from common import parser, table, write
 
     options = parser(__doc__, repeats=5)
     options.add_argument("--env", default="Hopper-v4")
     options.add_argument("--n-envs", type=int, default=1, help="environments in one DummyVecEnv (default: %(default)s)")
+    options.add_argument("--normalize", action="store_true", help="with VecNormalize")
     options.add_argument("--steps", type=int, default=20_480, help="steps that count (default: %(default)s)")
     options.add_argument("--sbx-python", type=Path, help="Python of an environment that has sbx-rl")
     args = options.parse_args()
 
-    pythons = dict.fromkeys(("PPO", "KLipPPO", "KLipPPO, compiled"), sys.executable)
-    if args.sbx_python:
-        pythons["SBX PPO"] = str(args.sbx_python)
-    peaks: dict[str, list[float]] = {name: [] for name in pythons}
-
-    def run(name: str) -> float:
-        numbers = (args.n_envs, args.steps, args.threads)
-        command = [pythons[name], __file__, "worker", name, args.env, *map(str, numbers)]
-        measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        peaks[name].append(measured["peak"])
-        return 1 / measured["fps"]
-
-    seconds = in_turn({name: lambda name=name: run(name) for name in pythons}, args.repeats)  # type: ignore[misc]
-    compared = ratios(seconds, "PPO")
-    memory = {name: statistics.median(values) for name, values in peaks.items()}
+    result = compare(Run(args.env, args.n_envs, args.normalize), args.steps, args.repeats, args.threads, args.sbx_python)
     rows = [
-        (name, f"{1 / statistics.median(values):.0f}", *(f"{ratio:.2f}" for ratio in compared[name]), f"{memory[name]:.0f}")
-        for name, values in seconds.items()
+        (name, f"{1 / value:.0f}", *(f"{ratio:.2f}" for ratio in result["ratios"][name]), f"{result['peak'][name]:.0f}")
+        for name, value in result["seconds"].items()
     ]
     header = ("", "frames per second", "over PPO's", "quartile", "quartile", "peak memory in MiB")
-    table(f"{args.env}, {args.n_envs} environment(s), {args.threads} thread(s)", header, rows)
-    write(
-        args.json,
-        {
-            "env": args.env,
-            "n_envs": args.n_envs,
-            "fps": {name: [1 / s for s in v] for name, v in seconds.items()},
-            "peak_mib": peaks,
-        },
-    )
+    table(f"{result['setting']}, {args.threads} thread(s)", header, rows)
+    write(args.json, result)
 
 
 if __name__ == "__main__":

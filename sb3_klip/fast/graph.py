@@ -15,6 +15,7 @@ eager loss is used.
 """
 
 import functools
+import math
 import threading
 import warnings
 import weakref
@@ -47,6 +48,9 @@ KNOWN_MODULES = {
 #: Minibatches of one size that are computed eagerly before a graph is traced, which takes as long as some hundreds of them: so
 #: a short training does not pay for it.
 WARM_UP = 300
+#: Products of a parameter and a sample that take as long as a graph saves in two minibatches, roughly. In every update, two
+#: more minibatches are computed to compare: with more products than this for each minibatch, it would take longer.
+WORTH = 4_000_000
 #: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
 MOST_GRAPHS = 16
 
@@ -84,6 +88,19 @@ def reason_against(model: Any) -> str:
     if not model.has_known_loss():
         return f"a part of the loss of {type(model).__name__} was replaced"
     return next(_reasons_in(model.policy), "") or reason_in_torch()
+
+
+def reason_not_worth_it(model: Any) -> str:
+    """
+    Why graphs would not make an update shorter.
+
+    :param model: an algorithm of this package, with nothing against graphs
+    :return: the reason, for people; empty if they would
+    """
+    samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
+    minibatches = model.n_epochs * math.ceil(samples / model.batch_size)
+    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(model.batch_size, samples)
+    return "products of matrices take nearly all of its time" if products > WORTH * minibatches else ""
 
 
 def given_up(model: Any) -> str:
