@@ -174,7 +174,7 @@ class SampleReuse(PerSampleKLTraining):
         """
         Update the policy on the current rollout and those that were kept.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
         """
         if not self._kept_rollouts:
             super().train()

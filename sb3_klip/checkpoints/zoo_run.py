@@ -92,13 +92,13 @@ def statistics_file(checkpoint: pathlib.Path) -> pathlib.Path | None:
 
 def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = True) -> VecNormalize:
     """
-    Load statistics that ``VecNormalize.save`` wrote, as ``VecNormalize.load`` does; also those from the days of ``gym``.
+    Load ``VecNormalize`` statistics, as ``VecNormalize.load`` does, also from old files with ``gym``.
 
     :param path: path of the file
     :param venv: environments to normalize
-    :param trusted: whether the file may run code; with False, anything in it but plain data is refused
+    :param trusted: Whether the file may run code. With False, a file with anything but plain data is refused.
     :return: the environments with the statistics
-    :raises ValueError: if the file holds anything else, or is refused
+    :raises ValueError: if the file contains no ``VecNormalize``, does not fit the environments, or is refused
     """
     content = pathlib.Path(path).read_bytes()
     try:

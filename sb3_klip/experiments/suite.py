@@ -1,4 +1,4 @@
-"""Suites: which tasks, methods and seeds, and whether all of them can be run."""
+"""Suites: reading and checking their tasks, methods and seeds."""
 
 import importlib
 import importlib.resources
@@ -38,11 +38,11 @@ CONF = "hyperparams.yml"
 
 class Suite(NamedTuple):
     """
-    What is to be run.
+    A suite of experiments.
 
-    :param name: the file's name, without its suffix
-    :param cells: every task, method and seed; seeds change slowest, so that whole tables come early
-    :param definition: what a cell's numbers depend on, by the cell's task and method
+    :param name: name of the file, without its suffix
+    :param cells: one cell for each task, method and seed; seeds change slowest, so that complete tables are available early
+    :param definition: hyperparameters that determine the numbers of a cell, by task and method
     :param conf: content of the suite's own file of hyperparameters, if it has one
     """
 
@@ -59,10 +59,10 @@ def included() -> list[str]:
 
 def read_suite(name: str) -> Suite:
     """
-    Read a suite and check all of it.
+    Read a suite and check it completely.
 
     :param name: one of :func:`included`, or a YAML file
-    :raises ValueError: with a line for each mistake
+    :raises ValueError: if there are mistakes, with one line for each
     """
     if name in included():
         text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text(encoding="utf-8")
