@@ -133,18 +133,18 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             except Exception as error:
                 self._beta = saved["beta"]
                 warnings.warn(
-                    f"The coefficient {saved['beta']!r} that this model was saved with cannot be made ({error}) "
-                    "The model predicts, but does not train.",
+                    f"The coefficient {saved['beta']!r} of the saved model cannot be made: {error} "
+                    "The model can predict, but not train.",
                     stacklevel=3,
                 )
                 return
             self._beta.load_state_dict(saved.get("beta_state", {}).get(self._beta.name, {}))
         self._check_coefficient(self._known_coefficient())
         if self.compile:
-            try:  # the constructor has seen to it, but a file may be from elsewhere
+            try:  # the constructor has checked it, but a file may come from another machine
                 check_compile(self.compile)
             except Exception as error:
-                warnings.warn(f"The update is not compiled, as that of the saved model was: {error}", stacklevel=3)
+                warnings.warn(f"The update of the saved model was compiled, but this one is not: {error}", stacklevel=3)
                 self.compile = False
 
     def _check_coefficient(self, coefficient: Coefficient) -> None:
@@ -175,7 +175,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             raise ValueError(
                 f"beta={coefficient!r} needs actions that have a probability, in a Discrete, MultiDiscrete or MultiBinary "
                 f"action space. The actions of {self.action_space} have a density, which depends on their unit. For these, "
-                "beta='trust_region_guided' bounds the ratio by how probable an action was."
+                "use beta='trust_region_guided', which also adapts the bounds on the ratio to the action."
             )
 
     def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, *args: Any, **kwargs: Any) -> bool:

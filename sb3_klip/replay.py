@@ -63,7 +63,8 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     if not (weights >= 0).all():
         raise ValueError(f"reuse={reuse!r} must have no negative weight")
     if not math.isclose(total := weights.sum(), 1, abs_tol=1e-6):
-        raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}: {(weights / total).tolist() if total else allowed}")
+        advice = f"divided by their sum, they are {(weights / total).tolist()}" if total else f"it must be {allowed}"
+        raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}; {advice}")
     if weights[0] == 0:
         raise ValueError(f"reuse={reuse!r} must have a weight above 0 for the newest rollout, which stands first")
     return weights / total

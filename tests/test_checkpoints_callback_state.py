@@ -234,7 +234,7 @@ def test_environments_that_were_stepped_by_others(unwrapped: bool, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no Monitor
         evaluate_policy(learner, env.envs[0].unwrapped if unwrapped else env, n_eval_episodes=1)
-    with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on others"):
+    with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on separate environments"):
         learner.save(tmp_path / "stepped", resumable=True)
     learner.learn(32, reset_num_timesteps=False).save(tmp_path / "again", resumable=True)
 

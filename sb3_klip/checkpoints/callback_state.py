@@ -133,7 +133,8 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
             each.n_calls = calls
     if lost:
         warnings.warn(
-            f"Callbacks begin anew with what a checkpoint cannot keep, as it is no plain data: {', '.join(lost)}", stacklevel=6
+            f"These attributes of callbacks are no plain data, so the checkpoint has not kept them: {', '.join(lost)}",
+            stacklevel=6,
         )
     if gone := [one["type"] for one in open_ if one["has_learned"]]:
         warnings.warn(

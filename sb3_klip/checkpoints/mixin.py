@@ -127,8 +127,8 @@ class Checkpoints(OnPolicyAlgorithm):
         if end != self._total_timesteps:
             warnings.warn(
                 f"total_timesteps={total_timesteps} ends this run at {end} steps, and the run that is resumed would have "
-                f"ended at {self._total_timesteps}: what follows the progress of training, such as a schedule, is not what "
-                "it would have been.",
+                f"ended at {self._total_timesteps}: schedules, and all else that depends on the progress of training, will "
+                "differ from that run.",
                 stacklevel=5,
             )
         return end - self.num_timesteps

@@ -51,7 +51,7 @@ def read_zoo_yaml(file: pathlib.Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ZooYaml)
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        warnings.warn(f"{file} could not be read, and was left out of account: {error}", stacklevel=3)
+        warnings.warn(f"{file} could not be read, and is ignored: {error}", stacklevel=3)
         return {}
     return content if isinstance(content, dict) else {}
 

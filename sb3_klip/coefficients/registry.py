@@ -186,7 +186,7 @@ def _made(function: Any, name: str, parameters: Mapping[str, Any]) -> Coefficien
         own = {argument.name: given.pop(argument.name) for argument in arguments if argument.name in given}
         if missing := [a.name for a in arguments if a.default is a.empty and a.kind < a.VAR_POSITIONAL and a.name not in own]:
             raise TypeError(
-                f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, which {function.__name__} is made with"
+                f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, for the constructor of {function.__name__}"
             )
         function = function(**own)
     return Coefficient(function, name, given)

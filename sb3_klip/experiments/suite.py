@@ -202,9 +202,10 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
         return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
     if "=" in method and not _is_positive(method.partition("=")[2]):
-        return [f"method {method!r}: after '=' stands the value of a knob, so it must be a number above 0"]
+        return [f"method {method!r}: the text after '=' is the value of a parameter, so it must be a number above 0"]
     if "@" in method and not _is_rate(method.partition("@")[2], settings.get("learning_rate")):
-        return [f"method {method!r}: after '@' stands its learning_rate, which is {settings.get('learning_rate')!r}"]
+        rate = settings.get("learning_rate")
+        return [f"method {method!r}: the number after '@' must equal its learning_rate, which is {rate!r}"]
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]

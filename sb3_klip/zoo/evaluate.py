@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "last" not in agents:
         finished = sorted({path.stem for path in args.folder.glob(f"{args.algo}/*_*/*-v*.zip")})
         parser.error(
-            f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}, but on "
-            f"{', '.join(finished) or 'nothing'}.{did_you_mean(args.env, finished)}"
+            f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}. Finished runs: "
+            f"{', '.join(finished) or 'none'}.{did_you_mean(args.env, finished)}"
         )
     print(f"Return over {EPISODES} episodes, mean +/- standard deviation:")
     returns = {label: evaluated_return(run, file, args.seed) for label, file in agents.items()}
