@@ -1,5 +1,5 @@
 """
-Sample reuse: an update over the last M rollouts, put together into one, by the functions of :mod:`sb3_klip.replay`.
+Sample reuse: each update learns from the last M rollouts, combined into one by the functions of :mod:`sb3_klip.replay`.
 
 Rollouts are kept as the buffer has them, with what it takes to compute their advantages anew: rewards without the value of the
 last state, the states at which a time limit ended an episode, and the state after the last step.

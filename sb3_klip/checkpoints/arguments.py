@@ -1,4 +1,4 @@
-"""What a model is loaded with: what the file has, what the caller gives in its place, and what was lost."""
+"""The arguments of a loaded model: from the file, from the caller, and defaults for those that could not be restored."""
 
 import inspect
 import warnings

@@ -1,4 +1,4 @@
-"""What callbacks remember, so that a resumed run goes on with it: best returns so far, evaluations, counters."""
+"""The state of callbacks, which a resumed run restores: best returns so far, evaluations, counters."""
 
 import hashlib
 import inspect

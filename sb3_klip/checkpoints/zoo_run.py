@@ -1,4 +1,4 @@
-"""What RL Zoo puts beside a checkpoint: hyperparameters, arguments and ``VecNormalize`` statistics."""
+"""The files of RL Zoo beside a checkpoint: hyperparameters, arguments and ``VecNormalize`` statistics."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""One cell of a suite: a single training by RL Zoo, in a folder of its own, from its command to its result."""
+"""One cell of a suite: a single training by RL Zoo, in its own folder, from its command to its result."""
 
 import contextlib
 import importlib.metadata

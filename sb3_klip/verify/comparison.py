@@ -1,4 +1,4 @@
-"""The two trainings compared as they come: every gradient, every parameter, and the verdict."""
+"""The comparison of the two trainings: every gradient, every parameter, and the verdict."""
 
 import argparse
 from typing import Any, NamedTuple
