@@ -68,7 +68,7 @@ timings: $(INSTALLED) ## print the times of updates, whole trainings and imports
 release-check: $(INSTALLED) ## build the wheel and the sdist into dist, and test both in fresh environments
 	$(BIN)/nox -s release "installed(kind='wheel')" "installed(kind='sdist')"
 
-clean: ## remove everything that make created
+clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
