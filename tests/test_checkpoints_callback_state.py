@@ -164,7 +164,7 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     own.thing = object()
     learn_until_killed(model(), 128, [own, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
     learner = resumed(tmp_path / "rl_model_64_steps.zip")
-    with pytest.warns(UserWarning, match=r"cannot keep, .*: Remembers\.thing$"):
+    with pytest.warns(UserWarning, match=r"has not kept them: Remembers\.thing$"):
         learner.learn(128, callback=[Remembers(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)])
 
 
