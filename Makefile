@@ -33,7 +33,7 @@ test: $(INSTALLED) ## the fast tests
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(PYTEST) -m slow
 
-test-versions: $(INSTALLED) ## the identity with the lowest and the newest versions of what this builds on
+test-versions: $(INSTALLED) ## test the identity with the lowest and the newest versions of the dependencies
 	$(BIN)/nox -s lowest newest
 
 lint: $(INSTALLED) ## check style, formatting and spelling
@@ -41,7 +41,7 @@ lint: $(INSTALLED) ## check style, formatting and spelling
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
 
-format: $(INSTALLED) ## format the code, and mend of its style what can be mended
+format: $(INSTALLED) ## format the code, and fix its style where possible
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
@@ -54,20 +54,20 @@ tables: $(INSTALLED) ## write the tables of coefficients, variants and modules i
 docs: $(INSTALLED) ## build the documentation into docs/_build, with warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build
 
-experiments: $(INSTALLED) ## run a suite of experiments, or go on with it: SUITE=smoke (paper, coefficients, wide, …)
+experiments: $(INSTALLED) ## run or continue a suite of experiments: SUITE=smoke (paper, coefficients, wide, …)
 	$(BIN)/python -m sb3_klip.experiments run --suite $(SUITE)
 
-report: $(INSTALLED) ## tables and figures of a suite: SUITE=smoke
+report: $(INSTALLED) ## make tables and figures of a suite: SUITE=smoke
 	$(BIN)/python -m sb3_klip.experiments report logs/experiments/$(SUITE)
 
-timings: $(INSTALLED) ## time updates, whole trainings and imports beside PPO's, in half an hour: SBX=path/to/python for SBX, too
+timings: $(INSTALLED) ## time updates, trainings and imports, compared with PPO, in half an hour (SBX=its/python: with SBX)
 	$(BIN)/python timings/overview.py $(if $(SBX),--sbx-python $(SBX))
 	$(BIN)/python timings/imports.py
 
-release-check: $(INSTALLED) ## build the wheel and the sdist into dist, and try both in fresh environments
+release-check: $(INSTALLED) ## build the wheel and the sdist into dist, and test both in fresh environments
 	$(BIN)/nox -s release "installed(kind='wheel')" "installed(kind='sdist')"
 
-clean: ## remove what make has made
+clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) .nox build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,13 +1,13 @@
 """
 The hook that makes RL Zoo know sb3-klip, with no wrapper script.
 
-RL Zoo has no plugins, but it imports torch, and torch calls the entry points of the group ``torch.backends`` when it
-has been imported. Ours runs in every process that imports torch, so it does next to nothing: it puts one finder on
-``sys.meta_path``, which never finds anything, and waits for a script of RL Zoo to be looked for. At that moment
-``rl_zoo3.utils``, which holds the table of algorithms, is complete, and no argument parser has been built yet.
+RL Zoo has no plugin interface. But it imports torch, and after its import torch calls the entry points of the group
+``torch.backends``. Our entry point runs in every process that imports torch, so it does very little: it adds a finder to
+``sys.meta_path``. This finder never finds a module. It only waits until a script of RL Zoo is imported, and then registers the
+algorithms. At this moment, ``rl_zoo3.utils``, which holds the table of algorithms, is complete, and no argument parser exists.
 
-It is a module of its own, and not a part of the package: a file ``sb3_klip.py`` in somebody's working directory would be
-found in place of the package, and torch itself would then fail to import.
+This module is separate from the package: if a file ``sb3_klip.py`` in the working directory hid the package, the import of
+torch itself would fail.
 """
 
 import sys

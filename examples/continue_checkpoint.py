@@ -1,10 +1,10 @@
 """
 Train an agent of RL Zoo further, with another coefficient and under the next version of its environment.
 
-The first argument is a zip file that RL Zoo has saved, such as one of rl-trained-agents, with its statistics beside it.
-Without it, a small one is trained with PPO first. On the command line:
+The first argument is a zip file of RL Zoo, such as one of rl-trained-agents, with its statistics beside it. Without an
+argument, the script first trains a small agent with PPO. On the command line:
 
-    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v5 -i agent.zip -params beta:"'soft_min'"
+    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v5 -i agent.zip -params beta:soft_min
 """
 
 import subprocess
@@ -29,7 +29,7 @@ model = KLipPPO.load(agent, env=env, beta="soft_min", device="cpu", verbose=0)
 
 
 def mean_return() -> float:
-    """Of ten episodes, with the statistics as they are."""
+    """Mean return of ten episodes, without an update of the statistics."""
     env.training = env.norm_reward = False
     mean, _ = evaluate_policy(model, env, n_eval_episodes=10)
     env.training = env.norm_reward = True

@@ -9,7 +9,7 @@ from sb3_klip.surrogate import partition
 
 @register("clip_by_age")
 def clip_by_age(ratio, advantages, clip_range, age, *, halflife=2.0):
-    """PPO-Clip whose bound is nearer for older samples: after ``halflife`` updates, at half of the clip range."""
+    """PPO-Clip with a smaller clip range for older samples: half of it after ``halflife`` updates."""
     kill, _, _ = partition(ratio, advantages, clip_range * 0.5 ** (age / halflife))
     return kill.to(ratio.dtype)
 

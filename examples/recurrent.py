@@ -21,7 +21,7 @@ model = KLipRecurrentPPO(
 )
 model.learn(20_000)
 
-# To play, the policy is handed its memory of the step before.
+# To play, the policy needs its LSTM state of the previous step.
 task = MaskVelocityWrapper(gym.make("CartPole-v1"))
 observation, _ = task.reset(seed=0)
 memory, begins, total, over = None, True, 0.0, False

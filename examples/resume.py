@@ -1,8 +1,7 @@
 """
-Training that survives being killed: start this again, and it goes on where it was.
+A training that resumes after it was killed: start this script again.
 
-It ends with the policy that it would have had if nobody had interrupted it, bit for bit. Checkpoints go to the folder that is
-the first argument.
+The final policy is the same, bit for bit, as without an interruption. The first argument is the folder for the checkpoints.
 """
 
 import sys
@@ -19,11 +18,11 @@ env = VecNormalize(make_vec_env("Hopper-v5", n_envs=2))
 checkpoints = sorted(folder.glob("rl_model_*_steps.zip"), key=lambda path: int(path.stem.split("_")[2]))
 if checkpoints:
     model = KLipPPO.load(checkpoints[-1], env=env, resume=True)
-    print(f"Going on from step {model.num_timesteps}", flush=True)
+    print(f"Resuming at step {model.num_timesteps}", flush=True)
 else:
     model = KLipPPO("MlpPolicy", env, n_steps=512, n_epochs=5, seed=0, device="cpu")
 
-# The same call each time: the steps that were taken already are not taken again.
+# The same call each time: it runs the remaining steps.
 model.learn(20_000, callback=ResumableCheckpointCallback(save_freq=512, save_path=str(folder)))
 model.save(folder / "final")
 print(f"Trained for {model.num_timesteps} steps; the policy is in {folder / 'final.zip'}")

@@ -1,10 +1,10 @@
-"""Sample reuse: each update learns from the last three rollouts, which can be shorter then."""
+"""Sample reuse: each update learns from the last three rollouts, so each rollout can be shorter."""
 
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_klip import KLipPPO
 
-for reuse, n_steps in ((1, 768), (3, 256)):  # as many samples in an update
+for reuse, n_steps in ((1, 768), (3, 256)):  # the same number of samples per update
     model = KLipPPO("MlpPolicy", "CartPole-v1", n_steps=n_steps, reuse=reuse, seed=0, device="cpu")
     model.learn(12_288)
     updates = model.num_timesteps // n_steps

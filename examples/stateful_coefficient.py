@@ -1,4 +1,4 @@
-"""A coefficient with parameters and a state of its own: PPO-Clip whose clip range follows the KL divergence."""
+"""A coefficient with parameters and a state: PPO-Clip with a clip range that adapts to the KL divergence."""
 
 import tempfile
 
@@ -9,10 +9,10 @@ from sb3_klip.coefficients.clipping import step
 
 @register("clip_by_kl")
 class ClipByKL:
-    """PPO-Clip with a factor on the clip range, which falls while updates go too far and rises while they do not."""
+    """PPO-Clip with a factor on the clip range, which decreases while the KL divergence is too large, and else increases."""
 
     def __init__(self, kl_target=0.01, rate=1.1):
-        # Saved under these names, so they are kept as they were given.
+        # Checkpoints need each argument in an attribute of the same name.
         self.kl_target = kl_target
         self.rate = rate
         self.factor = 1.0
@@ -21,7 +21,7 @@ class ClipByKL:
         return step(ratio, advantages, clip_range * self.factor)
 
     def end_update(self, kl):
-        """Told the KL divergence of each update."""
+        """Receives the KL divergence after each update."""
         self.factor *= 1 / self.rate if kl > self.kl_target else self.rate
 
     def state_dict(self):

@@ -1,4 +1,4 @@
-"""Four environments in processes of their own, with normalized observations and rewards, evaluations and a progress bar."""
+"""Four environments in subprocesses, with normalized observations and rewards, evaluations and a progress bar."""
 
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -8,7 +8,7 @@ from sb3_klip import KLipPPO
 
 if __name__ == "__main__":  # the processes import this file
     env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=4, seed=0, vec_env_cls=SubprocVecEnv), gamma=0.9)
-    # Its statistics are kept in step with those of training; returns are those of the task, not normalized.
+    # EvalCallback copies the statistics of the training environment. Rewards are not normalized here.
     eval_env = VecNormalize(make_vec_env("Pendulum-v1", seed=1), training=False, norm_reward=False)
     evaluation = EvalCallback(eval_env, eval_freq=2_000, best_model_save_path="logs/subprocesses", verbose=0)
 

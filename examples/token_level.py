@@ -13,7 +13,7 @@ coefficient = make("step")
 
 
 def log_probs(tokens):
-    """log π of each token given the one before, shape (group, length)."""
+    """log π of each token given the previous token, shape (group, length)."""
     return policy(tokens[:, :-1]).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
@@ -24,7 +24,7 @@ for step in range(60):
             tokens = th.cat([tokens, th.multinomial(policy(tokens[:, -1]).softmax(-1), 1)], dim=1)
         old = log_probs(tokens)
     ended = (tokens[:, 1:] == 0).long().cumsum(1) - (tokens[:, 1:] == 0).long()
-    mask = ended == 0  # up to and with the end-of-sequence token 0
+    mask = ended == 0  # up to and including the end-of-sequence token 0
     rewards = ((tokens[:, 1:] > tokens[:, :-1]) & mask).sum(1).float()  # ascending tokens are good
     advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6))[:, None].expand_as(old)  # GRPO's group baseline
     for _ in range(4):

@@ -1,5 +1,5 @@
 """
-Watch a training and check that each of its updates is PPO's, bit for bit.
+Check that each update of a training is equal to that of PPO, bit for bit.
 
 On the command line, for any environment:
 

@@ -1,7 +1,7 @@
 """
 KLip-PPO for Stable-Baselines3: PPO-Clip as a KL penalty with one coefficient per sample.
 
-The names below are imported on first use, so that the mathematics can be used without Stable-Baselines3.
+The names below are imported on first use, so that ``sb3_klip.surrogate`` can be used without Stable-Baselines3.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What the algorithms share beside the update: their own arguments, how they are set up, and their rollouts."""
+"""What the algorithms share in addition to the update: their own arguments, their setup, and their rollouts."""
 
 import warnings
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ CLOSED_FORM = (
 
 
 class KLipAlgorithm(Checkpoints, SampleReuse):
-    """The base of this package's algorithms; ``isinstance(model, KLipAlgorithm)`` tells them from others."""
+    """The base class of this package's algorithms; ``isinstance(model, KLipAlgorithm)`` identifies them."""
 
     beta_kwargs: dict[str, Any] | None
     # A name only after loading a file whose coefficient is not known.
@@ -56,20 +56,19 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         reuse: int | Sequence[float] = 1,
     ) -> None:
         """
-        Check the arguments, and keep those that the base class does not have, before anything is built, so that a typo costs
-        nothing.
+        Check the arguments before anything is built, and store those that the base class does not have.
 
-        :param policy: as given to the constructor
+        :param policy: policy, as in the constructor
         :param policy_base: class that the algorithm's policies derive from
-        :param n_epochs: number of passes over the rollout, without which the base class fails after its first rollout
-        :param device: as given to the constructor
+        :param n_epochs: number of passes over the rollout; with 0, the base class would fail only after its first rollout
+        :param device: device, as in the constructor
         :param beta: the coefficient
         :param beta_kwargs: its parameters
         :param log_kl: whether to log the KL divergence
         :param compile: whether to compile the update, or arguments of ``torch.compile``
         :param reuse: number of rollouts to learn from, or their weights
-        :raises ValueError: if one of them is none of those that fit
-        :raises TypeError: if one of them is of a wrong type
+        :raises ValueError: if an argument has a wrong value
+        :raises TypeError: if an argument is of a wrong type
         """
         self._beta, self.beta_kwargs = make_beta(beta, beta_kwargs), beta_kwargs
         if not isinstance(log_kl, bool):
@@ -92,7 +91,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
 
     @property
     def beta(self) -> Any:
-        """The coefficient; another one can be set as in the constructor, by name or as a function, with its defaults."""
+        """The coefficient. You can set another one, by name or as a function; it has its default parameters."""
         return self._beta
 
     @beta.setter
@@ -102,7 +101,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self._beta, self.beta_kwargs = coefficient, None
 
     def learn(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as the base class does; an error or Ctrl-C closes the progress bar, which Python could not do as it ends."""
+        """Train, as the base class does. An error or Ctrl-C also closes the progress bar."""
         try:
             return super().learn(*args, **kwargs)
         except BaseException:
@@ -134,25 +133,25 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             except Exception as error:
                 self._beta = saved["beta"]
                 warnings.warn(
-                    f"The coefficient {saved['beta']!r} that this model was saved with cannot be made ({error}) "
-                    "The model predicts, but does not train.",
+                    f"The coefficient {saved['beta']!r} of the saved model cannot be made: {error} "
+                    "The model can predict, but not train.",
                     stacklevel=3,
                 )
                 return
             self._beta.load_state_dict(saved.get("beta_state", {}).get(self._beta.name, {}))
         self._check_coefficient(self._known_coefficient())
         if self.compile:
-            try:  # the constructor has seen to it, but a file may be from elsewhere
+            try:  # the constructor has checked it, but a file may come from another machine
                 check_compile(self.compile)
             except Exception as error:
-                warnings.warn(f"The update is not compiled, as that of the saved model was: {error}", stacklevel=3)
+                warnings.warn(f"The update of the saved model was compiled, but this one is not: {error}", stacklevel=3)
                 self.compile = False
 
     def _check_coefficient(self, coefficient: Coefficient) -> None:
         """
-        Refuse a coefficient that cannot be trained with, for what only the policy and the schedules tell.
+        Check that the coefficient works with the policy, the action space and the clip range.
 
-        :raises ValueError: with the reason
+        :raises ValueError: with the reason, if it does not
         """
         self._check_action_space(coefficient)
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
@@ -168,15 +167,15 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
 
     def _check_action_space(self, coefficient: Coefficient) -> None:
         """
-        Refuse a coefficient that means probabilities where actions have densities.
+        Check that a coefficient which needs probabilities is not used with continuous actions.
 
-        :raises ValueError: with the coefficients that are left
+        :raises ValueError: if it is, with an alternative
         """
         if coefficient.needs_probabilities and isinstance(self.action_space, spaces.Box):
             raise ValueError(
                 f"beta={coefficient!r} needs actions that have a probability, in a Discrete, MultiDiscrete or MultiBinary "
                 f"action space. The actions of {self.action_space} have a density, which depends on their unit. For these, "
-                "beta='trust_region_guided' bounds the ratio by how probable an action was."
+                "use beta='trust_region_guided', which also adapts the bounds on the ratio to the action."
             )
 
     def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, *args: Any, **kwargs: Any) -> bool:

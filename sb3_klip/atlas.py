@@ -1,4 +1,4 @@
-"""The atlas: what every registered coefficient leaves of a sample's gradient, as small multiples grouped by what they do."""
+"""The atlas: one panel per registered coefficient, with the multiplier of a sample's gradient against the ratio."""
 
 import inspect
 import re
@@ -15,9 +15,9 @@ from sb3_klip import figures
 from sb3_klip.coefficients import FAMILY, Coefficient, Entry, entries, make
 from sb3_klip.trust_region import categorical_ratio_bounds, default_delta
 
-#: The probability that the action had under the rollout policy.
+#: The probability of the action under the rollout policy.
 PROBABILITY = 0.25
-#: The step of the episode.
+#: The time step within the episode.
 POSITION = 1000.0
 #: Ratios and multipliers that are shown.
 RATIOS, MULTIPLIERS = (0.0, 2.0), (-1.6, 2.4)
@@ -35,18 +35,18 @@ HEADINGS = {
 
 def multiplier(coefficient: Coefficient, ratio: np.ndarray, advantage: float, clip_range: float = 0.2) -> np.ndarray:
     """
-    What multiplies ``Â ∇log π(a|s)`` in the gradient, in a state of which only this action's probability has changed.
+    The multiplier of ``Â ∇log π(a|s)`` in the gradient, in a state in which the other actions keep their proportions.
 
-    The other actions of the state keep their proportions. Then the ratio w says all that a coefficient may ask for. With
-    q = :data:`PROBABILITY` under π_old, the action has the probability q w, the divergence KL(π_old ‖ π) is
-    ``(1 - q) log((1 - q) / (1 - q w)) - q log w``, and even the gradient of this divergence is a multiple of ∇log π(a|s),
-    namely ``q (w - 1) / (1 - q w)``. What depends on the step of the episode is taken at :data:`POSITION`.
+    Then the ratio w determines all quantities that a coefficient can request. With q = :data:`PROBABILITY` under π_old, the
+    action has the probability q w, and the divergence KL(π_old ‖ π) is ``(1 - q) log((1 - q) / (1 - q w)) - q log w``. The
+    gradient of this divergence is a multiple of ∇log π(a|s), with the factor ``q (w - 1) / (1 - q w)``. The time step of the
+    episode is :data:`POSITION`.
 
     :param coefficient: any coefficient
     :param ratio: importance ratio w, between 0 and 1/q; shape (N,)
     :param advantage: advantage Â, not 0
     :param clip_range: half-width ε
-    :return: w where a sample is left alone, 0 where it is removed, negative where it is pushed back; shape (N,)
+    :return: multiplier, shape (N,): w where the gradient is unchanged, 0 where it is removed, negative where it is reversed
     """
     w = th.as_tensor(ratio, dtype=th.float64)
     q = th.full_like(w, PROBABILITY)
@@ -137,7 +137,7 @@ def check_clip_range(clip_range: float) -> None:
 
 def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
-    :func:`multiplier` of every registered coefficient with its defaults, over the ratio, a panel for each.
+    Draw :func:`multiplier` against the ratio for every registered coefficient with its defaults, one panel for each.
 
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`; the height follows from the number of panels

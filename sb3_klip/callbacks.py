@@ -26,15 +26,15 @@ class _CSVOutput(CSVOutputFormat):
 
 class CSVLogCallback(BaseCallback):
     """
-    Write what the logger gets to a CSV file as well, one row per dump; for any algorithm of Stable-Baselines3.
+    Also write the log to a CSV file, with one row per dump of the logger. It works with any algorithm of Stable-Baselines3.
 
-    SB3 does so by itself only with a logger that the user configures, which RL Zoo does not offer. There, among the
-    hyperparameters: ``callback: {sb3_klip.CSVLogCallback: {path: progress.csv}}``.
+    Without this callback, SB3 writes a CSV file only if the user configures the logger, which is not possible in RL Zoo. In RL
+    Zoo, add to the hyperparameters: ``callback: {sb3_klip.CSVLogCallback: {path: progress.csv}}``.
 
-    A training that goes on from where another was, as after ``learn(reset_num_timesteps=False)`` or when it is resumed, keeps
-    the rows up to there; one that begins replaces the file.
+    A training that continues, by ``learn(reset_num_timesteps=False)`` or by resuming, keeps the earlier rows of the file. A
+    new training replaces the file.
 
-    :param path: file to write; its folder is made
+    :param path: file to write; its folder is created if necessary
     :param verbose: Verbosity level, as for other callbacks
     """
 
@@ -78,14 +78,16 @@ class CSVLogCallback(BaseCallback):
 
 class BetaHistogramCallback(BaseCallback):
     """
-    Log β of all samples of each update as a histogram, ``train/beta``, which TensorBoard shows (and Weights & Biases, when it
-    follows TensorBoard, as with RL Zoo's ``--track``). A training without TensorBoard shows it nowhere, and warns.
+    Log β of all samples of each update as a histogram, ``train/beta``, in TensorBoard.
+
+    Weights & Biases also shows it if it reads TensorBoard's log, as with RL Zoo's ``--track``. Without TensorBoard, the
+    callback only warns.
 
     :param verbose: Verbosity level, as for other callbacks
-    :raises ValueError: at the start of training, if the algorithm is none of this package's
+    :raises ValueError: at the start of training, if the algorithm does not belong to this package
     """
 
-    #: What writes text, in which there is no place for a histogram.
+    #: Output formats that are text, and cannot hold a histogram.
     TEXT = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat)
 
     def _on_training_start(self) -> None:
@@ -110,15 +112,14 @@ class BetaHistogramCallback(BaseCallback):
 
 class IdentityCheckCallback(BaseCallback):
     """
-    Do every update a second time, from the same state and on the same samples, with the PPO that the algorithm is a drop-in
-    for, and compare all gradients and, in the end, all parameters and the optimizer's state.
+    Repeat each update with the base class, from the same state and on the same samples, and compare the two.
 
-    The training itself is not touched: it ends as it would have without this callback, but takes about as much longer as
-    PPO's updates take. ``identity/minibatches`` and ``identity/ulps`` (largest difference so far, in units in the last place)
-    are logged, and the first difference is a warning.
+    It compares the gradients of all minibatches, and after the update all parameters and the state of the optimizer. The
+    training itself is unchanged, but takes longer by the time of PPO's updates. The callback logs ``identity/minibatches`` and
+    ``identity/ulps`` (the largest difference so far, in units in the last place), and warns at the first difference.
 
     :param verbose: Verbosity level, as for other callbacks
-    :raises ValueError: at the start of training, if the algorithm is none of this package's
+    :raises ValueError: at the start of training, if the algorithm does not belong to this package
     """
 
     def __init__(self, verbose: int = 0):
@@ -131,7 +132,7 @@ class IdentityCheckCallback(BaseCallback):
 
     @property
     def identical(self) -> bool:
-        """Whether no difference has been found, in one minibatch at least."""
+        """Whether at least one minibatch was compared, and no difference was found."""
         return self.minibatches > 0 and self.difference.ulps == 0
 
     # An algorithm of sb3-klip, as _init_callback checks.
@@ -204,14 +205,14 @@ class ResumableCheckpointCallback(CheckpointCallback):
     """
     Save checkpoints to resume from, with ``KLipPPO.load(path, env=env, resume=True)`` or RL Zoo's ``-i``.
 
-    Each is saved at the first moment between two rollouts after every ``save_freq`` steps of an environment, also inside of
-    an event callback such as ``EveryNTimesteps``. A kill at any moment leaves the checkpoints that are there whole.
+    A checkpoint is due after every ``save_freq`` steps of an environment. It is saved at the next moment between two rollouts,
+    also inside an event callback such as ``EveryNTimesteps``. A kill at any moment never damages a saved checkpoint.
 
-    :param save_freq: Save after this many calls of the callback, each of which is ``n_envs`` steps
+    :param save_freq: Save after this many calls of the callback; each call is ``n_envs`` steps
     :param save_path: Folder to save to
-    :param name_prefix: Prefix of the files; ``rl_model`` is the one that RL Zoo looks for
-    :param save_replay_buffer: Ignored, as there is none
-    :param save_vecnormalize: Whether to write the ``VecNormalize`` statistics beside each checkpoint, too, for other programs
+    :param name_prefix: Prefix of the files; RL Zoo expects ``rl_model``
+    :param save_replay_buffer: Ignored, as there is no replay buffer
+    :param save_vecnormalize: Whether to also write the ``VecNormalize`` statistics to a file, for other programs
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
     :raises ValueError: if ``save_freq`` is not positive
     :raises OSError: if the folder cannot be written to

@@ -1,4 +1,4 @@
-"""What an update logs: kept as it is per minibatch, reduced once per epoch, read by the host once per update."""
+"""What an update logs: stored per minibatch, reduced once per epoch, and read from the device once per update."""
 
 from typing import NamedTuple
 

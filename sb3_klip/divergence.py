@@ -1,8 +1,8 @@
 """
-The closed-form KL divergence between the rollout policy and the present one, from the parameters of their distributions.
+The closed-form KL divergence between the rollout policy and the current policy, from the parameters of their distributions.
 
-Working on parameters, and not on distribution objects, is what lets the rollout policy's be kept: SB3's policies hold one
-distribution object, which the next evaluation overwrites.
+The functions take parameters, not distribution objects, as SB3's policies hold only one distribution object, which the next
+evaluation overwrites.
 """
 
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ def gaussian_kl(old: Parameters, new: Parameters) -> th.Tensor:
     """
     KL(π_old ‖ π_new) of diagonal Gaussians: ``log σ_n/σ_o + (σ_o² + (μ_o - μ_n)²) / (2 σ_n²) - 1/2``, summed over dimensions.
 
-    A bijection such as tanh, applied to both, does not change it.
+    A bijection such as tanh, applied to both distributions, does not change the divergence.
 
     :param old: mean and standard deviation, shape (B, A)
     :param new: likewise
@@ -63,12 +63,12 @@ def bernoulli_kl(old: Parameters, new: Parameters) -> th.Tensor:
 
 def parameters_of(distribution: Any) -> tuple[str, Parameters]:
     """
-    Family and parameters of an action distribution as a policy of SB3 or sb3-contrib holds it.
+    Family and parameters of an action distribution of SB3 or sb3-contrib.
 
     :param distribution: of Stable-Baselines3 or sb3-contrib: Gaussian (gSDE and squashed ones included), categorical,
         multi-categorical or Bernoulli, with action masks or without
     :return: ``"gaussian"``, ``"categorical"`` or ``"bernoulli"``, and the tensors, with their gradient
-    :raises TypeError: if the family has no closed form here
+    :raises TypeError: if this package has no closed form for the family
     """
     # sb3-contrib's maskable multi-categorical and Bernoulli distributions keep a list under another name.
     inner: Any = getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)

@@ -1,4 +1,4 @@
-"""How figures look and where they go, for all that this package draws; needs the extra ``plots``."""
+"""Style and files of all figures of this package; needs the extra ``plots``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)
 @contextmanager
 def style(size: str = "readme") -> Iterator[tuple[float, float]]:
     """
-    The style of all figures, while they are drawn; needs no display.
+    The style of all figures, as a context manager; needs no display.
 
     :param size: one of :data:`SIZES`
     :return: width and height of one row of panels, in inches

@@ -1,4 +1,4 @@
-"""Writing files so that none is ever half there."""
+"""Writing files atomically, so that no file is ever incomplete."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Ctrl-C, at moments at which it would leave something half made; nothing changes where it is ignored anyway."""
+"""Delaying Ctrl-C at moments at which it would leave something incomplete; without effect if SIGINT is ignored."""
 
 import contextlib
 import signal

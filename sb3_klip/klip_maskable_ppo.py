@@ -22,17 +22,17 @@ class KLipMaskablePPO(KLipAlgorithm, MaskablePPO):
     """
     KLip-PPO with invalid action masking: sb3-contrib's ``MaskablePPO`` with a per-sample KL coefficient.
 
-    With the default coefficient the policy after training is that of ``MaskablePPO``, bit for bit, wherever that one is
-    finite (it is not after a minibatch of a single sample). KL divergences are over the allowed actions.
+    With the default coefficient, the policy after training is that of ``MaskablePPO``, bit for bit, as long as ``MaskablePPO``
+    gives no NaN (as it does after a minibatch of a single sample). KL divergences are over the allowed actions.
 
-    The arguments up to ``_init_setup_model`` are those of ``MaskablePPO``, and documented there.
+    The arguments up to ``_init_setup_model`` are those of ``MaskablePPO``, which documents them.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment to learn from, with a method ``action_masks`` or wrapped in an ``ActionMasker``
     :param beta: The coefficient, see :class:`~sb3_klip.KLipPPO`
     :param beta_kwargs: Parameters of the coefficient
     :param log_kl: Whether to log ``train/kl``
-    :param reuse: How many of the last rollouts each update learns from, or their weights, the newest first
+    :param reuse: Number of rollouts that each update learns from, or a list of their weights, the newest first
     :raises ValueError: if ``beta`` or ``policy`` is unknown, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """

@@ -19,8 +19,8 @@ class KLipPPO(KLipAlgorithm, PPO):
     """
     KLip-PPO: Proximal Policy Optimization with a per-sample KL coefficient in place of the clip.
 
-    With the default coefficient the policy after training is that of ``PPO``, bit for bit (same machine, thread count and
-    deterministic kernels). Any other shape of the coefficient is one word.
+    With the default coefficient, the policy after training is that of ``PPO``, bit for bit (on the same machine, with the same
+    thread count and deterministic kernels). ``beta`` selects another coefficient.
 
     Paper: https://arxiv.org/abs/2606.23932
 
@@ -32,7 +32,7 @@ class KLipPPO(KLipAlgorithm, PPO):
     :param n_epochs: Number of passes over the rollout per update
     :param gamma: Discount factor
     :param gae_lambda: Trade-off of bias and variance in the Generalized Advantage Estimator
-    :param clip_range: Half-width ε of the trust region, a number or a function of the remaining progress
+    :param clip_range: Clipping parameter ε, a number or a function of the remaining progress
     :param clip_range_vf: Clipping range of the value function, a number or a function of the remaining progress;
         None for no clipping. It depends on the scale of the rewards.
     :param normalize_advantage: Whether to normalize the advantages of each minibatch
@@ -43,7 +43,7 @@ class KLipPPO(KLipAlgorithm, PPO):
     :param sde_sample_freq: Sample a new noise matrix every n steps with gSDE; -1 for once per rollout
     :param rollout_buffer_class: Rollout buffer class to use; chosen by the observation space if None
     :param rollout_buffer_kwargs: Keyword arguments for the rollout buffer
-    :param target_kl: End the epochs of an update when the approximate KL divergence exceeds 1.5 times this value
+    :param target_kl: Stop the epochs of an update when the approximate KL divergence exceeds 1.5 times this value
     :param stats_window_size: Number of episodes over which success rate, length and reward are averaged for the logger
     :param tensorboard_log: Log folder for TensorBoard; None for no logging
     :param policy_kwargs: Keyword arguments for the policy
@@ -51,20 +51,20 @@ class KLipPPO(KLipAlgorithm, PPO):
     :param seed: Seed of the pseudo-random generators
     :param device: Device (cpu, cuda, ...) on which to run; "auto" uses a GPU if there is one
     :param _init_setup_model: Whether to build the network at the creation of the instance
-    :param beta: The coefficient: a name (see :func:`sb3_klip.coefficients.available`), or a function or object of your own
-        with the signature that :mod:`sb3_klip.coefficients` describes
-    :param beta_kwargs: Parameters of the coefficient; each number may also be "lin_x" or a function of the remaining progress
+    :param beta: The coefficient: a name (see :func:`sb3_klip.coefficients.available`), or your own function or object with the
+        signature that :mod:`sb3_klip.coefficients` describes
+    :param beta_kwargs: Parameters of the coefficient; instead of a number, "lin_x" or a function of the remaining progress
     :param log_kl: Whether to log ``train/kl``, the closed-form KL divergence of the final policy of each update from the
         rollout policy, averaged over the rollout; costs two forward passes per update
-    :param compile: Whether to compile the update with ``torch.compile``, or a dict of its arguments. About twice as fast after
-        a compilation of half a minute; equal to the update of ``PPO`` up to rounding, and no longer bit for bit.
-    :param reuse: How many of the last rollouts each update learns from, as GePPO does: a number, or their weights, the newest
-        first (see :func:`sb3_klip.replay.optimal_weights`). 1 is PPO. With more, an update has as many more minibatches, the
-        clip range is reduced, and the learning rate follows how far updates go.
-    :raises ValueError: if ``beta`` or ``policy`` is unknown, a parameter is out of range, or the rollouts that ``reuse`` keeps
-        do not fit into memory
+    :param compile: Whether to compile the update with ``torch.compile``, or a dict of its arguments. The compilation takes
+        about half a minute. The update is then faster; it equals that of ``PPO`` up to rounding, but not bit for bit.
+    :param reuse: Number of rollouts that each update learns from, as in GePPO; or a list of their weights, the newest first
+        (see :func:`sb3_klip.replay.optimal_weights`). 1 is PPO. With M rollouts, an update has M times as many minibatches,
+        the clip range is reduced, and the learning rate is adapted to the size of the updates.
+    :raises ValueError: if ``beta`` or ``policy`` is unknown, a parameter is out of range, or the rollouts for ``reuse`` do not
+        fit into memory
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
-    :raises RuntimeError: if ``compile`` is asked for and there is no C++ compiler
+    :raises RuntimeError: if ``compile`` is set and there is no C++ compiler
     """
 
     def __init__(

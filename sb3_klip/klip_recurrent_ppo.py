@@ -18,17 +18,17 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
     """
     KLip-PPO with an LSTM: sb3-contrib's ``RecurrentPPO`` with a per-sample KL coefficient.
 
-    With the default coefficient the policy after training is that of ``RecurrentPPO``, bit for bit, wherever that one is
-    finite (it is not after a minibatch of a single sample). Padding of sequences counts nowhere.
+    With the default coefficient, the policy after training is that of ``RecurrentPPO``, bit for bit, as long as
+    ``RecurrentPPO`` gives no NaN (as it does after a minibatch of a single sample). The padding of sequences is ignored.
 
-    The arguments up to ``_init_setup_model`` are those of ``RecurrentPPO``, and documented there.
+    The arguments up to ``_init_setup_model`` are those of ``RecurrentPPO``, which documents them.
 
     :param policy: The policy model to use (MlpLstmPolicy, CnnLstmPolicy, MultiInputLstmPolicy)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param beta: The coefficient, see :class:`~sb3_klip.KLipPPO`
     :param beta_kwargs: Parameters of the coefficient
     :param log_kl: Whether to log ``train/kl``
-    :param reuse: Only 1: the LSTM's states in an older rollout are those of another policy
+    :param reuse: Must be 1, as the LSTM states in an older rollout come from an older policy
     :raises ValueError: if ``beta`` or ``policy`` is unknown, the policy is not recurrent, or a parameter is out of range
     :raises TypeError: if a parameter is unknown, or an argument is of a wrong type
     """

@@ -1,4 +1,4 @@
-"""Figures of coefficients, which need no training, and of runs, from their logs: ``python -m sb3_klip.plot --help``."""
+"""Figures of coefficients (without training) and of runs (from their logs): ``python -m sb3_klip.plot --help``."""
 
 import argparse
 import sys
@@ -45,18 +45,18 @@ BETAS = [f"train/beta_p{level:02}" for level in PERCENTILES]
 
 # In ASCII: a Windows console may have no Greek letters.
 COMMANDS = {
-    "landscape": "beta over ratio and advantage, a panel for each coefficient",
-    "gradient": "what multiplies the gradient of a sample, over the ratio",
-    "atlas": "what multiplies the gradient of a sample, for every coefficient there is, by what they do",
-    "distribution": "percentiles of beta, and kill and pass fractions, over a run",
+    "landscape": "beta as a function of ratio and advantage, one panel per coefficient",
+    "gradient": "the multiplier of a sample's gradient against the ratio",
+    "atlas": "the multiplier of a sample's gradient against the ratio, one panel for every coefficient",
+    "distribution": "percentiles of beta, kill fraction and pass fraction over a run",
 }
 DEFAULTS = {
     "landscape": ("step", "linear_ramp:width=0.3", "quadratic"),
     "gradient": ("step", "fixed:value=1,estimator=k3", "linear_ramp:width=0.1", "quadratic"),
 }
 EPILOG = """\
-A coefficient is written NAME or NAME:parameter=value,parameter=value, where NAME is any that beta= takes, so also
-module:function for your own. What changes during training is drawn as it is at the start.
+A coefficient is written as NAME or NAME:parameter=value,parameter=value. NAME is any name that beta= accepts, for example
+module:function for your own. Schedules are drawn with their values at the start of training.
 
 examples:
   python -m sb3_klip.plot landscape
@@ -64,22 +64,21 @@ examples:
   python -m sb3_klip.plot atlas
   python -m sb3_klip.plot gradient step fixed:value=3,estimator=k3 sigmoid:temperature=0.1 --clip-range 0.1 --size column
 
-  model = KLipPPO(..., tensorboard_log="my_run")   (in Python, or callback=CSVLogCallback("my_run/progress.csv"); then)
+  After a training with tensorboard_log="my_run" or callback=CSVLogCallback("my_run/progress.csv"):
   python -m sb3_klip.plot distribution my_run
-
-The same in Python, as a matplotlib figure: sb3_klip.plot.gradient("step", "linear_ramp:width=0.2")
+In Python, sb3_klip.plot.gradient("step", "linear_ramp:width=0.2") returns the matplotlib figure.
 """
 
 
 def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str, Coefficient]:
     """
-    Read a coefficient as it is written on the command line, or given in Python.
+    Read a coefficient from the command line or from Python.
 
-    :param given: ``name`` or ``name:key=value,key=value``, the name as :func:`sb3_klip.coefficients.make` takes it; or a
+    :param given: ``name`` or ``name:key=value,key=value``, where :func:`sb3_klip.coefficients.make` accepts the name; or a
         coefficient, a function or an object
     :return: label for a figure, and the coefficient
-    :raises ValueError: if a name or value is not valid, or the coefficient is no function of ratio and advantage
-    :raises TypeError: if it is anything else, or a parameter is unknown or of a wrong type
+    :raises ValueError: if a name or value is not valid, or the coefficient depends on more than ratio and advantage
+    :raises TypeError: if ``given`` is of another type, or a parameter is unknown or of a wrong type
     """
     if isinstance(given, str):
         name, _, settings = given.rpartition(":")
@@ -125,26 +124,26 @@ def gradient_multiplier(
     coefficient: Coefficient, ratio: np.ndarray, advantages: np.ndarray, clip_range: float = 0.2
 ) -> np.ndarray:
     """
-    What multiplies ``Â ∇log π(a|s)`` in the gradient: ``(w Â + β) / Â``, which is ``w (1 - g)`` where there is a removal.
+    The multiplier of ``Â ∇log π(a|s)`` in the gradient: ``(w Â + β) / Â``, which is ``w (1 - g)`` for a removal g.
 
     :param coefficient: a function of ratio and advantage only
     :param ratio: importance ratio w, any shape
     :param advantages: advantage Â, same shape, not 0
     :param clip_range: half-width ε
-    :return: w where a sample is left alone, 0 where it is removed, negative where it is pushed back; same shape
+    :return: multiplier, same shape: w where the gradient is unchanged, 0 where it is removed, negative where it is reversed
     """
     return ratio + beta(coefficient, ratio, advantages, clip_range) / advantages
 
 
 def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
-    β over ratio and advantage, a panel for each coefficient.
+    Draw β as a function of ratio and advantage, one panel per coefficient.
 
-    :param coefficients: each as :func:`read_coefficient` takes it; without any, a few that differ
+    :param coefficients: coefficients, see :func:`read_coefficient`; by default three different ones
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`
-    :raises ValueError: if an argument is not valid, or a coefficient is no function of ratio and advantage
-    :raises TypeError: if something is no coefficient
+    :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
+    :raises TypeError: if an argument is not a coefficient
     """
     check_clip_range(clip_range)
     drawn = _read(coefficients or DEFAULTS["landscape"])
@@ -179,13 +178,13 @@ def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range:
 
 def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: float = 0.2, size: str = "readme") -> Figure:
     """
-    What multiplies the gradient of a sample (:func:`gradient_multiplier`) over the ratio, for advantages of +1 and -1.
+    Draw the multiplier of a sample's gradient (:func:`gradient_multiplier`) against the ratio, for advantages +1 and -1.
 
-    :param coefficients: each as :func:`read_coefficient` takes it; without any, a few that differ
+    :param coefficients: coefficients, see :func:`read_coefficient`; by default four different ones
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`
-    :raises ValueError: if an argument is not valid, or a coefficient is no function of ratio and advantage
-    :raises TypeError: if something is no coefficient
+    :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
+    :raises TypeError: if an argument is not a coefficient
     """
     check_clip_range(clip_range)
     drawn = _read(coefficients or DEFAULTS["gradient"])
@@ -217,11 +216,11 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
 
 def distribution(run: str | Path | pd.DataFrame, size: str = "readme") -> Figure:
     """
-    Percentiles of β, and the kill and pass fractions, over a run.
+    Draw percentiles of β, and the kill and pass fractions, over a run.
 
-    The analytic KL divergence has no β per sample. Where it is penalised, its weight is drawn.
+    A penalty on the analytic KL divergence has no β per sample. In this case, its weight is drawn.
 
-    :param run: as :func:`read_log` takes it, or what it returns
+    :param run: path of a log, see :func:`read_log`, or the log itself
     :param size: one of :data:`sb3_klip.figures.SIZES`
     :raises ValueError: if there is no log of KLip-PPO, or more than one
     :raises TypeError: if it is neither a path nor a log
@@ -255,13 +254,13 @@ def distribution(run: str | Path | pd.DataFrame, size: str = "readme") -> Figure
 
 def read_log(run: str | Path) -> pd.DataFrame:
     """
-    The log of a run, from its first update on.
+    Read the log of a run, from its first update on.
 
-    :param run: a ``progress.csv`` that :class:`~sb3_klip.callbacks.CSVLogCallback` wrote, a log for TensorBoard, or a folder
-        with one of them below it; a CSV file is preferred
-    :return: a row per update, with the keys of the logger as columns
-    :raises ValueError: if there is no such log, or more than one, or it does not have what is drawn
-    :raises TypeError: if it is no path
+    :param run: a ``progress.csv`` of :class:`~sb3_klip.callbacks.CSVLogCallback`, a TensorBoard log, or a folder that contains
+        exactly one of them; a CSV file is preferred
+    :return: one row per update, with the keys of the logger as columns
+    :raises ValueError: if there is no such log, or more than one, or keys are missing in it
+    :raises TypeError: if ``run`` is not a path
     """
     if not isinstance(run, str | Path):
         raise TypeError(f"run must be the path of a progress.csv, of a TensorBoard log or of a folder with one, not {run!r}")
@@ -347,9 +346,9 @@ def _parser() -> argparse.ArgumentParser:
             bounds = "half-width of the band around a ratio of 1 (default: %(default)s)"
             command.add_argument("--clip-range", metavar="E", type=float, default=0.2, help=bounds)
         else:
-            where = "a progress.csv of CSVLogCallback, a TensorBoard log, or a folder with one below it"
+            where = "a progress.csv of CSVLogCallback, a TensorBoard log, or a folder that contains one"
             command.add_argument("given", metavar="RUN", type=Path, help=where)
-        where = f"files to write, without .svg and .png, or a folder (default: ./{name})"
+        where = f"path of the files without .svg and .png, or a folder (default: ./{name})"
         command.add_argument("-o", "--output", metavar="PATH", type=Path, default=Path(), help=where)
         command.add_argument("--size", default="readme", help=f"{' or '.join(figures.SIZES)} (default: %(default)s)")
     return parser

@@ -1,4 +1,4 @@
-"""How far a command has come, where its output goes into a pipe or a file, in which nothing can be drawn."""
+"""Progress of a command as lines of text, if its output goes to a pipe or a file."""
 
 import time
 

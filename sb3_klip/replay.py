@@ -2,10 +2,10 @@
 Learning from the last M rollouts, as pure functions: weights, clip range, advantages and learning rate of GePPO.
 
 Source: J. Queeney, I. C. Paschalidis and C. G. Cassandras, *Generalized Proximal Policy Optimization with Sample Reuse*,
-NeurIPS 2021, arXiv 2111.00072. ``b`` is the policy that collected a sample, ``π_k`` the policy at the start of the update and
-``π`` the present one. The ratio is ``w = π/b`` as ever, and the clip is centred at ``c = π_k/b``. A sample whose rollout is i
-updates old has the weight ``p_(i+1)``, and ``ω = M p_(i+1)`` in a mean over all samples; i is its *age*.
-``sb3_klip/reuse.py`` trains with these functions.
+NeurIPS 2021, arXiv 2111.00072. ``b`` is the policy that collected a sample, ``π_k`` is the policy at the start of the update,
+and ``π`` is the current policy. The ratio is ``w = π/b`` as usual, and the clip is centred at ``c = π_k/b``. The *age* i of a
+sample is the number of updates since it was collected. Its rollout has the weight ``p_(i+1)``, and the sample has the weight
+``ω = M p_(i+1)`` in a mean over all samples. ``sb3_klip/reuse.py`` trains with these functions.
 """
 
 import math
@@ -24,7 +24,7 @@ LEARNING_RATE_STEP = 1.03
 
 class Replayed(NamedTuple):
     """
-    What a loss over several rollouts knows of each sample.
+    The weight and the clip centre of each sample in a loss over several rollouts.
 
     :param weights: weight ω, of mean 1 over the update, shape (B,)
     :param centre: c, the ratio at the start of the update, where the clip is centred, shape (B,)
@@ -35,9 +35,9 @@ class Replayed(NamedTuple):
 
     def at(self, indices: th.Tensor) -> "Replayed":
         """
-        The same of some samples.
+        Select samples.
 
-        :param indices: places of the samples
+        :param indices: indices of the samples
         """
         places = indices.to(self.weights.device)
         return Replayed(self.weights.index_select(0, places), self.centre.index_select(0, places))
@@ -47,7 +47,7 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     """
     The weight of each rollout, the newest first.
 
-    :param reuse: number of rollouts, which then weigh the same, or a sequence of weights
+    :param reuse: number of rollouts with equal weights, or a sequence of weights
     :return: weights p, shape (M,), which sum to 1
     :raises TypeError: if it is neither
     :raises ValueError: if the number is below 1, or the weights are negative, do not sum to 1, or leave out the newest rollout
@@ -63,7 +63,8 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     if not (weights >= 0).all():
         raise ValueError(f"reuse={reuse!r} must have no negative weight")
     if not math.isclose(total := weights.sum(), 1, abs_tol=1e-6):
-        raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}: {(weights / total).tolist() if total else allowed}")
+        advice = f"divided by their sum, they are {(weights / total).tolist()}" if total else f"it must be {allowed}"
+        raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}; {advice}")
     if weights[0] == 0:
         raise ValueError(f"reuse={reuse!r} must have a weight above 0 for the newest rollout, which stands first")
     return weights / total
@@ -71,9 +72,10 @@ def weights_by_age(reuse: Any) -> np.ndarray:
 
 def reduced_clip_range(clip_range: float, weights: np.ndarray) -> float:
     """
-    ``ε / Σ i p_i``, i = 1 … M: with it, the bound on the total variation of an update is that of PPO with ε.
+    ``ε / Σ i p_i``, i = 1 … M.
 
-    Uniform weights give ``2ε / (M + 1)``. Source: arXiv 2111.00072.
+    With this clip range, an update has the same bound on the total variation as PPO with ε. Uniform weights give
+    ``2ε / (M + 1)``. Source: arXiv 2111.00072.
 
     :param clip_range: half-width ε of PPO
     :param weights: weights p by age, shape (M,)
@@ -89,17 +91,16 @@ def _mean_order(weights: np.ndarray) -> Any:
 
 def optimal_weights(batches: float, most: int = 20, tradeoff: float = 1.0) -> list[float]:
     """
-    The weights by age that make the most of reuse without loosening PPO's bounds.
+    The weights by age that use old samples best, within PPO's bounds.
 
     They minimise ``κ ‖p‖² / (1/B - ‖p_ess‖²) + (1 - κ) Σ i p_i / (B - Σ i p_i^tv)`` subject to ``Σ p_i = 1``, ``p >= 0``,
     ``Σ i p_i <= B`` (updates as far as PPO's) and ``‖p‖² <= 1/B`` (at least PPO's effective sample size). p_ess and p_tv are
     the minimisers for κ = 1 and κ = 0. Source: arXiv 2111.00072.
 
-    The authors hand this to a commercial solver. But the optimality conditions say that weights fall linearly with age,
-    ``p_i = max(0, a - s i)``, so one number is to be found, the slope s: the steeper, the smaller ``Σ i p_i`` and the larger
-    ``‖p‖²``.
+    The authors use a commercial solver. But by the optimality conditions, weights fall linearly with age,
+    ``p_i = max(0, a - s i)``. So only the slope s is unknown. A larger s gives a smaller ``Σ i p_i`` and a larger ``‖p‖²``.
 
-    :param batches: B, the number of rollouts that a batch of PPO would have been: 2 for n_steps 1024 in place of 2048
+    :param batches: B, the number of rollouts that make up one rollout of PPO: 2 for n_steps 1024 instead of 2048
     :param most: largest number of rollouts
     :param tradeoff: κ, from 0 (the largest updates) to 1 (the largest effective sample size)
     :return: weights p, the newest rollout first; those below 0.01 are dropped
@@ -154,14 +155,14 @@ def vtrace_advantages(
     gae_lambda: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Advantages under π_k of a rollout that another policy collected: GAE, with the importance ratios of V-trace.
+    Advantages under π_k for a rollout that another policy collected: GAE with the importance ratios of V-trace.
 
     ``Â_t = Σ_j (γλ)^j (Π_(i=1..j) ρ_(t+i)) δ_(t+j)`` with ``ρ = min(c, 1)`` and the temporal differences δ of GAE; the value
-    target is ``ρ_t Â_t + V(s_t)``. With c = 1, both are those of SB3's ``compute_returns_and_advantage``, whose conventions
-    these are. Sources: arXiv 2111.00072; V-trace, arXiv 1802.01561.
+    target is ``ρ_t Â_t + V(s_t)``. With c = 1, both equal those of SB3's ``compute_returns_and_advantage``, which has the same
+    conventions. Sources: arXiv 2111.00072; V-trace, arXiv 1802.01561.
 
-    :param rewards: with the discounted value of the last state added where a time limit ended the episode, shape
-        (n_steps, n_envs)
+    :param rewards: rewards, shape (n_steps, n_envs); where a time limit ended the episode, plus the discounted value of the
+        last state
     :param values: V(s_t), same shape
     :param episode_starts: 1 where an episode starts, same shape
     :param last_values: value of the state after the last step, shape (n_envs,)
@@ -185,13 +186,13 @@ def vtrace_advantages(
 
 def normalized_advantages(advantages: th.Tensor, replayed: Replayed) -> th.Tensor:
     """
-    Advantages less ``mean(c ω Â) / mean(c ω)``, in units of the standard deviation of ``c ω Â``.
+    Advantages minus ``mean(c ω Â) / mean(c ω)``, divided by the standard deviation of ``c ω Â``.
 
-    The mean is then that under π_k, estimated from samples of other policies. Source: the code of arXiv 2111.00072.
+    This mean estimates the mean under π_k from samples of other policies. Source: the code of arXiv 2111.00072.
 
     :param advantages: shape (B,)
     :param replayed: weights and centres, of the same samples
-    :return: shape (B,); a single sample, which has no deviation, is left as it is
+    :return: shape (B,); a single sample, which has no standard deviation, is unchanged
     """
     if len(advantages) <= 1:
         return advantages
@@ -215,7 +216,7 @@ def total_variation(ratio: th.Tensor, replayed: Replayed) -> th.Tensor:
 
 def effective_sample_size(replayed: Replayed) -> th.Tensor:
     """
-    ``(Σ ω c)² / Σ (ω c)²``: how many samples of π_k would estimate a mean as well as these do.
+    ``(Σ ω c)² / Σ (ω c)²``: the number of samples of π_k that would estimate a mean equally well.
 
     :param replayed: weights and centres of all samples, shape (B,)
     :return: scalar, at most B
@@ -226,12 +227,12 @@ def effective_sample_size(replayed: Replayed) -> th.Tensor:
 
 def adapted_learning_rate(learning_rate: float, variation: float, clip_range: float) -> float:
     """
-    The learning rate after an update that went this far: less by 3 % past ε/2, more by 3 % below half of that.
+    The learning rate of the next update: divided by 1.03 if the total variation is above ε/2, multiplied by 1.03 if below ε/4.
 
-    ε/2 is the total variation at which the ratios of all samples would be at the bound. Source: the code of arXiv 2111.00072.
+    At a total variation of ε/2, the ratios of all samples would be at the bound. Source: the code of arXiv 2111.00072.
 
     :param learning_rate: learning rate of the update
-    :param variation: total variation distance that it has covered
+    :param variation: total variation distance between the policies before and after the update
     :param clip_range: reduced half-width ε
     :return: learning rate of the next update
     """

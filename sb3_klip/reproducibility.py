@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside its own state: random generators, and the versions and machine it runs on."""
+"""What the bits of a run depend on in addition to its own state: random generators, package versions, and the machine."""
 
 import functools
 import importlib.metadata

@@ -1,5 +1,5 @@
 """
-Sample reuse: an update over the last M rollouts, put together into one, by the functions of :mod:`sb3_klip.replay`.
+Sample reuse: each update learns from the last M rollouts, combined into one by the functions of :mod:`sb3_klip.replay`.
 
 Rollouts are kept as the buffer has them, with what it takes to compute their advantages anew: rewards without the value of the
 last state, the states at which a time limit ended an episode, and the state after the last step.
@@ -101,11 +101,13 @@ class SampleReuse(PerSampleKLTraining):
         if len(weights) == 1:
             return
         if (np.diff(weights) > 0).any():
-            warnings.warn(f"reuse={self.reuse!r} weighs older rollouts more, but the newest stands first", stacklevel=4)
+            warnings.warn(
+                f"reuse={self.reuse!r} weighs older rollouts more; the first weight is that of the newest one", stacklevel=4
+            )
         if type(buffer) not in BUFFERS:
             raise ValueError(
-                f"reuse={self.reuse!r} keeps rollouts of SB3's and sb3-contrib's own buffers, whose arrays are known, and not "
-                f"of {type(buffer).__name__}: leave rollout_buffer_class out"
+                f"reuse={self.reuse!r} works with the rollout buffers of SB3 and sb3-contrib only, not with "
+                f"{type(buffer).__name__}: leave out rollout_buffer_class"
             )
         arrays = [array for name in _ARRAYS if hasattr(buffer, name) for array in _leaves(getattr(buffer, name))]
         # Twice while the policy is updated, as it is put together then, and SB3 flattens what it draws from.
@@ -113,8 +115,8 @@ class SampleReuse(PerSampleKLTraining):
         needed, memory = 3 * number * sum(array.nbytes for array in arrays), _memory()
         if memory is not None and needed > memory:
             raise ValueError(
-                f"reuse={self.reuse!r} with n_steps={self.n_steps} needs {needed / 2**30:.1f} GiB for {number} rollouts, and "
-                f"there are {memory / 2**30:.1f} GiB: n_steps={int(self.n_steps * memory / needed)} would do"
+                f"reuse={self.reuse!r} with n_steps={self.n_steps} needs {needed / 2**30:.1f} GiB for {number} rollouts, but "
+                f"there are {memory / 2**30:.1f} GiB of memory: n_steps={int(self.n_steps * memory / needed)} would fit"
             )
         if self.verbose >= 1:
             print(f"Learning from the last {number} rollouts, which take up to {needed / 2**20:.0f} MiB")
@@ -174,7 +176,7 @@ class SampleReuse(PerSampleKLTraining):
         """
         Update the policy on the current rollout and those that were kept.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
         """
         if not self._kept_rollouts:
             super().train()

@@ -1,4 +1,4 @@
-"""The minibatches of a rollout, each with the places of its samples, and the position of each sample in its episode."""
+"""The minibatches of a rollout, each with the indices of its samples, and the time step of each sample in its episode."""
 
 import copy
 from collections import deque

@@ -1,14 +1,14 @@
 """
-PPO's policy objective in its three forms, as pure functions of tensors: start here to see the idea.
+PPO's policy objective in its three forms, as pure functions of tensors. Start reading here.
 
 - :func:`clip_loss`: the minimum of two terms (Schulman et al. 2017, arXiv 1707.06347, eq. 7)
-- :func:`weight_space_loss`: the surrogate less a weight-space penalty Φ, equal in value (arXiv 2606.23932, theorem 2)
-- :func:`per_sample_kl_loss`: the surrogate with one KL coefficient β per sample, equal in gradient (theorem 1), and, with any
-  other coefficient, a family of algorithms
+- :func:`weight_space_loss`: the surrogate minus a penalty Φ on the ratio, equal in value (arXiv 2606.23932, theorem 2)
+- :func:`per_sample_kl_loss`: the surrogate with one KL coefficient β per sample, equal in gradient (theorem 1); other
+  coefficients give other algorithms
 
 All return the scalar to minimise. Tensors have shape ``(B,)``, or ``(B, T)`` for sequences of tokens, and any float dtype;
 ``mask`` is True where a sample counts. Notation: ratio ``w = π_new(a|s) / π_old(a|s)``, advantage ``Â``, half-width ``ε``, and
-the *removal* ``g`` in ``β = -w Â g``: the share of a sample's gradient that is taken back, so that ``1 - g`` multiplies it.
+the *removal* ``g`` in ``β = -w Â g``: the share of a sample's gradient that is removed. It is multiplied by ``1 - g``.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,9 +30,9 @@ class Partition(NamedTuple):
     """
     Three disjoint boolean masks that cover a batch, each of the shape of the ratio.
 
-    :param kill: the clip removes the gradient: the step was good for the objective and already too long
-    :param passed: the ratio left the band, but the gradient flows, as it leads back
-    :param inside: the ratio is in the band, its boundary included, or the advantage is zero
+    :param kill: the clip removes the gradient: the ratio has moved in the right direction, and left the band
+    :param passed: the clip keeps the gradient: the ratio has left the band in the wrong direction
+    :param inside: the ratio is in the band, including its boundary, or the advantage is zero
     """
 
     kill: th.Tensor
@@ -44,8 +44,8 @@ def bounds(clip_range: float | th.Tensor) -> tuple[float | th.Tensor, float | th
     """
     Bounds of the band ``[1 - ε, 1 + ε]`` in which ``torch.clamp`` leaves a ratio unchanged.
 
-    A linear schedule takes ε below zero when the last rollout overshoots the number of steps. There ``torch.clamp`` lets
-    the upper bound win, so both bounds are then ``1 + ε``.
+    A linear schedule gives ε < 0 when the last rollout exceeds the number of training steps. Then ``torch.clamp`` returns its
+    upper bound for any ratio, so both bounds are ``1 + ε``.
 
     :param clip_range: half-width ε, a number or a tensor that broadcasts against the ratio
     :return: lower and upper bound
@@ -60,9 +60,9 @@ def partition(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
     """
     Split a batch by what PPO-Clip does to each sample's gradient.
 
-    - kill: ``(w > upper and Â > 0) or (w < lower and Â < 0)``, gradient zero
-    - passed: ``(w > upper and Â < 0) or (w < lower and Â > 0)``, gradient flows
-    - inside: everything else, gradient flows (zero where ``Â = 0``)
+    - kill: ``(w > upper and Â > 0) or (w < lower and Â < 0)``, the gradient is zero
+    - passed: ``(w > upper and Â < 0) or (w < lower and Â > 0)``, the gradient is kept
+    - inside: all others, the gradient is kept (it is zero where ``Â = 0``)
 
     Source: arXiv 2606.23932; the boundary counts as inside, as it does in the gradient of ``torch.clamp``.
 
@@ -81,10 +81,10 @@ def partition(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
 
 def harmful_distance(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
-    Signed distance d of a ratio past the boundary at which PPO-Clip starts to remove its gradient.
+    Signed distance d of a ratio beyond the bound at which PPO-Clip starts to remove its gradient.
 
-    ``d = w - upper`` where ``Â >= 0`` and ``lower - w`` where ``Â < 0``: positive exactly on the kill set (where ``Â = 0``
-    there is no gradient, whatever d is). Source: arXiv 2606.23932.
+    ``d = w - upper`` where ``Â >= 0``, and ``d = lower - w`` where ``Â < 0``. With ``Â ≠ 0``, d is positive exactly on the
+    kill set. Source: arXiv 2606.23932.
 
     :param ratio: importance ratio w, any shape
     :param advantages: advantage Â, same shape
@@ -146,9 +146,9 @@ def clip_objective(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | 
 
 def weight_space_penalty(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor = 0.2) -> th.Tensor:
     """
-    ``Φ(w, Â) = |Â| max(d, 0)``, d being the distance past the harmful bound: what PPO-Clip takes off ``w Â``.
+    ``Φ(w, Â) = |Â| max(d, 0)``, the amount that PPO-Clip subtracts from ``w Â``; d is :func:`harmful_distance`.
 
-    Source: arXiv 2606.23932, theorem 2. Φ >= 0, and zero outside the kill set.
+    Φ is positive on the kill set, and zero elsewhere. Source: arXiv 2606.23932, theorem 2.
 
     :param ratio: importance ratio w, any shape
     :param advantages: advantage Â, same shape
@@ -194,7 +194,7 @@ class PerSampleKL(NamedTuple):
     :param ratio: importance ratio w
     :param removal: g in β = -w Â g
     :param weight: weight on the KL estimate, or None
-    :param estimate: the KL estimate the weight is for, or None
+    :param estimate: the KL estimate that the weight multiplies, or None
     """
 
     loss: th.Tensor
@@ -210,7 +210,7 @@ def kl_estimate(estimator: str, log_prob: th.Tensor, old_log_prob: th.Tensor, kl
     Estimate KL(π_old ‖ π_new) for each sample.
 
     ``k1 = -log w`` and ``k3 = (w - 1) - log w`` (J. Schulman, "Approximating KL divergence", 2020) use the sampled action;
-    ``analytic`` is the divergence of the two distributions at the state.
+    ``analytic`` is the closed-form divergence of the two distributions in the state.
 
     :param estimator: ``"analytic"``, ``"k1"`` or ``"k3"``
     :param log_prob: log π_new(a|s), differentiable
@@ -245,21 +245,21 @@ def per_sample_kl(
     """
     ``-(w Â + β log π) + weight · KL`` for each sample, with the detached β = -w Â g.
 
-    β being detached, the gradient of ``w Â + β log π`` is that of ``Â c log π`` with ``c = w (1 - g)``. The graph holds
-    this one product; what only contributes to the value is added as a constant. Autograd then associates the gradient,
-    ``(g Â) c``, as it does for PPO, and the bits are PPO's for any number of samples. Two paths that cancel (one for
-    ``w Â``, one for ``β log π``) round differently as soon as 1/N is not a power of two.
+    As β is detached, ``w Â + β log π`` has the gradient of ``Â c log π`` with ``c = w (1 - g)``. The graph contains this
+    single product. The rest of the value is added as a constant. So autograd multiplies in the same order as for PPO, and the
+    bits are PPO's for any number of samples N. Two terms that cancel (``w Â`` and ``β log π``) round differently if 1/N is not
+    a power of two.
 
     :param log_prob: log π_new(a|s), differentiable
     :param old_log_prob: log π_old(a|s)
     :param advantages: advantage Â
-    :param coefficient: gives removal and weight
+    :param coefficient: coefficient, which returns removal and weight
     :param clip_range: half-width ε
-    :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, where the coefficient asks for it
-    :param log_ratio: log w, where it is not ``log_prob - old_log_prob``
-    :param centre: for samples of earlier policies than π_k, at which the update begins: c = π_k/π_old. The coefficient is then
-        evaluated at ``w - c + 1``, and the KL estimates are those of KL(π_k ‖ π_new); None for c = 1
-    :param quantities: whatever else the coefficient asks for, see :data:`sb3_klip.coefficients.QUANTITIES`
+    :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, if the coefficient requests it
+    :param log_ratio: log w, if it is not ``log_prob - old_log_prob``
+    :param centre: c = π_k/π_old, where π_k is the policy at the start of the update, for samples of older policies. Then the
+        coefficient is evaluated at ``w - c + 1``, and the KL estimates are those of KL(π_k ‖ π_new). None for c = 1
+    :param quantities: further quantities that the coefficient requests, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
     """
     with th.no_grad():
@@ -301,11 +301,11 @@ def per_sample_beta(
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
-    :param removal: removal g: 0 leaves a sample alone, 1 removes its gradient, more than 1 pushes it back
+    :param removal: removal g
     :param weight: weight b on a KL estimate
-    :param estimator: the estimate the weight is for
+    :param estimator: the estimate that the weight multiplies
     :param centre: c, see :func:`per_sample_kl`; None for 1
-    :return: β, same shape; zero where the removal is zero, also if w is infinite
+    :return: β, same shape; the part with g is zero where g is zero, even if w is infinite
     """
     beta = th.where(removal == 0, 0.0, -ratio * advantages * removal)
     if weight is not None and estimator == "k1":
@@ -334,21 +334,22 @@ def per_sample_kl_loss(
     :param log_prob: log π_new(a|s), differentiable
     :param old_log_prob: log π_old(a|s)
     :param advantages: advantage Â
-    :param coefficient: name of a coefficient, a :class:`~sb3_klip.coefficients.Coefficient`, or your own function; in a
-        training loop, make it once with :func:`~sb3_klip.coefficients.make`, as a name is looked up and checked each time
+    :param coefficient: name of a coefficient, a :class:`~sb3_klip.coefficients.Coefficient`, or your own function. In a
+        training loop, create it once with :func:`~sb3_klip.coefficients.make`, as a name is looked up and checked in each
+        call.
     :param clip_range: half-width ε, a number or a tensor
     :param mask: True where a sample counts; ``None`` counts all
-    :param reduction: ``"mean"`` over all samples that count (PPO); ``"sequence_mean"`` over those of each row of ``(B, T)``
-        and then over the rows (GRPO, arXiv 2402.03300), 0 for a row of which none counts; ``"none"`` for the losses
-        themselves, 0 where the mask is False
-    :param ratio: ``"token"`` for a ratio per sample; ``"sequence"`` for one per row of ``(B, T)``, the geometric mean of the
-        ratios that count (GSPO, arXiv 2507.18071), which stands in the place of each of them, while the gradient stays that of
-        each log-probability (there GSPO-token); with ``"sequence_mean"`` and one advantage per row it is GSPO's gradient
-    :param quantities: what the coefficient asks for beyond ratio, advantages, clip range and ``old_log_prob``, by name
-        (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
+    :param reduction: ``"mean"``: mean over all samples that count (PPO). ``"sequence_mean"``: mean over the samples that count
+        in each row of ``(B, T)``, and then over the rows (GRPO, arXiv 2402.03300); a row in which no sample counts adds 0.
+        ``"none"``: no mean; the losses are 0 where the mask is False.
+    :param ratio: ``"token"``: one ratio per sample. ``"sequence"``: in each row of ``(B, T)``, all ratios are replaced by
+        their geometric mean over the samples that count. The gradient is still that of each log-probability (GSPO-token in
+        arXiv 2507.18071); with ``"sequence_mean"`` and one advantage per row, it is that of GSPO.
+    :param quantities: further quantities that the coefficient requests, by name, beyond ratio, advantages, clip range and
+        ``old_log_prob`` (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, a word is none of those above, or a quantity that the coefficient asks for is missing
-    :raises TypeError: if the log-probabilities are not of a floating dtype
+    :raises ValueError: if shapes differ, ``reduction`` or ``ratio`` is unknown, or a requested quantity is missing
+    :raises TypeError: if ``log_prob`` has no floating dtype, or ``mask`` is not boolean
     """
     _check(log_prob, old_log_prob, advantages, mask)
     if reduction not in REDUCTIONS:

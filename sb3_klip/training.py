@@ -83,8 +83,8 @@ class PerSampleKLTraining(Seam):
         """
         Update the policy on the current rollout.
 
-        :raises ValueError: if an advantage is NaN or infinite, before the update; or if a gradient is, and the policy is then
-            set back to where the update began
+        :raises ValueError: if an advantage is NaN or infinite; or if a gradient is, and then the policy is reset to its
+            parameters before the update
         """
         if (problem := non_finite(self.rollout_buffer, self.n_steps, self._last_obs)) is not None:
             raise ValueError(

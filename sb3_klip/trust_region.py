@@ -1,12 +1,13 @@
 """
-What ratios are possible within a trust region: least and greatest π(a|s) / π_old(a|s) of an action with KL(π_old ‖ π) <= δ.
+The smallest and the largest ratio π(a|s) / π_old(a|s) of an action within the trust region KL(π_old ‖ π) <= δ.
 
 These are the bounds of TRGPPO (Y. Wang et al., "Trust Region-Guided Proximal Policy Optimization", NeurIPS 2019, arXiv
-1901.10314), which its authors approximate by a network or a table. Here they are solved for. With a multiplier 1/t of the
-constraint, the policy that makes the action as likely as possible maximises ``t log π(a) - KL(π_old ‖ π)``. Up to a constant
-this is the mean of log π over a mixture of π_old, with weight 1, and a point mass at the action, with weight t: the policy is
-the maximum-likelihood fit to the mixture. With t < 0, the action becomes as unlikely as possible. KL(π_old ‖ π) grows with
-``|t|`` from 0 on, and one equation per sample says where it reaches δ, whatever the number of the action's dimensions.
+1901.10314), whose authors approximate them by a network or a table. Here they are computed numerically. With the Lagrange
+multiplier 1/t for the constraint, the policy with the largest ratio maximises ``t log π(a) - KL(π_old ‖ π)``. Up to a factor
+and a constant, this is the mean of log π over a mixture of π_old, with weight 1, and a point mass at the action, with weight
+t. So the policy is the maximum-likelihood fit to the mixture. With t < 0, the policy has the smallest ratio. KL(π_old ‖ π)
+increases with ``|t|``, starting at 0. So there is one equation with one unknown per sample and bound, for any number of action
+dimensions.
 
 All functions are pure, and compute in float64 for all samples at once.
 """
@@ -32,10 +33,10 @@ ITERATIONS = 8
 
 def gaussian_ratio_bounds(z: th.Tensor, delta: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    Least and greatest ratio of an action under a diagonal Gaussian within KL(π_old ‖ π) <= δ.
+    Smallest and largest ratio of an action under diagonal Gaussians with KL(π_old ‖ π) <= δ.
 
-    In units of π_old, the fit to the mixture has the mean ``m = t z / (1 + t)`` and the variance ``s² = v / (1 + t)²``, with
-    ``v = 1 + t (1 + z²)``. A bijection such as tanh changes neither ratio nor divergence.
+    Standardised by π_old, the fit to the mixture has the mean ``m = t z / (1 + t)`` and the variance ``s² = v / (1 + t)²``,
+    with ``v = 1 + t (1 + z²)``. A bijection such as tanh changes neither the ratio nor the divergence.
 
     :param z: action, standardised by mean and standard deviation of π_old; shape (..., d)
     :param delta: δ in nats, >= 0
@@ -59,7 +60,7 @@ def gaussian_ratio_bounds(z: th.Tensor, delta: float) -> tuple[th.Tensor, th.Ten
 
 def categorical_ratio_bounds(prob: th.Tensor, delta: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    Least and greatest ratio of an action under a categorical distribution within KL(π_old ‖ π) <= δ.
+    Smallest and largest ratio of an action under categorical distributions with KL(π_old ‖ π) <= δ.
 
     They are the two roots r of ``(1 - q) log((1 - q) / (1 - q r)) - q log r = δ``: the other actions keep their proportions.
 
@@ -72,9 +73,9 @@ def categorical_ratio_bounds(prob: th.Tensor, delta: float) -> tuple[th.Tensor, 
 
 def factored_ratio_bounds(prob: th.Tensor, delta: float) -> tuple[th.Tensor, th.Tensor]:
     """
-    Least and greatest ratio of an action of several independent categorical or Bernoulli variables.
+    Smallest and largest ratio of an action that consists of several independent categorical or Bernoulli variables.
 
-    The divergence of the variables together is at most δ; all have the same t, and ``π(a_i) = (q_i + t) / (1 + t)``.
+    The sum of the divergences of the variables is at most δ. All have the same t, and ``π(a_i) = (q_i + t) / (1 + t)``.
 
     :param prob: probability q_i under π_old of the value that each variable took, shape (..., d)
     :param delta: δ in nats, >= 0
@@ -94,11 +95,11 @@ def factored_ratio_bounds(prob: th.Tensor, delta: float) -> tuple[th.Tensor, th.
 
 def default_delta(family: str, clip_range: float, dimensions: int) -> float:
     """
-    The δ at which a typical action has 1 + ε for its greatest ratio.
+    The δ with which the largest ratio of a typical action is 1 + ε.
 
-    For a Gaussian, as in TRGPPO, it is the mean action: ``(d/2) ((1 + ε)^(2/d) - 1) - log(1 + ε)`` (arXiv 1901.10314). For
-    discrete actions, where TRGPPO has δ = 0.001 with ε = 0.1, it is here an action of which each variable has the probability
-    1/2: ``-(d/2) log(1 - ((1 + ε)^(1/d) - 1)²)``.
+    For Gaussians, the typical action is the mean action, as in TRGPPO (arXiv 1901.10314):
+    ``δ = (d/2) ((1 + ε)^(2/d) - 1) - log(1 + ε)``. For discrete actions, it is an action in which each variable has the
+    probability 1/2: ``δ = -(d/2) log(1 - ((1 + ε)^(1/d) - 1)²)``; TRGPPO uses δ = 0.001 with ε = 0.1 instead.
 
     :param family: ``"gaussian"``, ``"categorical"`` or ``"bernoulli"``
     :param clip_range: half-width ε
@@ -118,11 +119,11 @@ def policy_ratio_bounds(
     family: str, parameters: Parameters, actions: th.Tensor, clip_range: float, delta: float | None = None
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Least and greatest ratio of actions under π_old as a policy of SB3 or sb3-contrib has it.
+    Smallest and largest ratio of actions, for a distribution π_old of a policy of SB3 or sb3-contrib.
 
     :param family: ``"gaussian"``, ``"categorical"`` or ``"bernoulli"``
     :param parameters: of π_old at each sample, as :func:`sb3_klip.divergence.parameters_of` returns them
-    :param actions: as the Gaussian drew them, before any tanh, or as numbers of values; shape (N, d) or (N,)
+    :param actions: sampled actions, for a Gaussian before any tanh; shape (N, d) or (N,)
     :param clip_range: half-width ε
     :param delta: δ in nats; None for :func:`default_delta`
     :return: lower and upper bound, each of shape (N,)

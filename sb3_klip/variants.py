@@ -1,4 +1,4 @@
-"""The algorithms: one line for each, which everything reads that has to know them."""
+"""The table of the algorithms: one line for each."""
 
 import importlib
 from typing import Any, NamedTuple
@@ -8,13 +8,13 @@ class Variant(NamedTuple):
     """
     An algorithm of this package.
 
-    :param name: its class, in the module of :mod:`sb3_klip` that ``module`` names
-    :param module: that module
-    :param base: the class that it is a drop-in for
-    :param base_package: where that one is imported from
-    :param zoo_name: what RL Zoo calls it
-    :param zoo_base: RL Zoo's algorithm whose hyperparameters and agents it takes
-    :param in_zoo: whether RL Zoo can train it: the zoo passes no action masks when it evaluates
+    :param name: name of its class
+    :param module: module of :mod:`sb3_klip` that contains the class
+    :param base: name of the class that it is a drop-in for
+    :param base_package: package of the base class
+    :param zoo_name: its name in RL Zoo
+    :param zoo_base: RL Zoo's algorithm whose hyperparameters and agents it uses
+    :param in_zoo: whether RL Zoo can train it; RL Zoo passes no action masks during evaluation
     """
 
     name: str

@@ -164,7 +164,7 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     own.thing = object()
     learn_until_killed(model(), 128, [own, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
     learner = resumed(tmp_path / "rl_model_64_steps.zip")
-    with pytest.warns(UserWarning, match=r"cannot keep, .*: Remembers\.thing$"):
+    with pytest.warns(UserWarning, match=r"has not kept them: Remembers\.thing$"):
         learner.learn(128, callback=[Remembers(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)])
 
 
@@ -234,7 +234,7 @@ def test_environments_that_were_stepped_by_others(unwrapped: bool, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is no Monitor
         evaluate_policy(learner, env.envs[0].unwrapped if unwrapped else env, n_eval_episodes=1)
-    with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on others"):
+    with pytest.raises(ValueError, match=r"stepped or reset .* evaluate on separate environments"):
         learner.save(tmp_path / "stepped", resumable=True)
     learner.learn(32, reset_num_timesteps=False).save(tmp_path / "again", resumable=True)
 

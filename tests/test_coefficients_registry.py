@@ -196,7 +196,7 @@ def test_a_class_takes_arguments_of_its_constructor():
     assert coefficient.values == {"scale": 0.5}
     coefficient.end_update(0.0)
     assert coefficient.state_dict() == {"count": 3}
-    with pytest.raises(TypeError, match=r"needs 'step' in beta_kwargs, which Counting is made with"):
+    with pytest.raises(TypeError, match=r"needs 'step' in beta_kwargs, for the constructor of Counting"):
         make(NAME, scale=0.5)
     with pytest.raises(TypeError, match="no parameter 'stp'"):
         make(NAME, step=3, stp=1)

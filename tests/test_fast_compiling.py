@@ -57,7 +57,9 @@ def test_where_it_cannot_be_compiled_a_saved_model_trains_anyhow(tmp_path: Any) 
     KLipPPO("MlpPolicy", "CartPole-v1", compile=True, device="cpu", **SMALL).save(tmp_path / "model")
     with (
         th._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)}),
-        pytest.warns(UserWarning, match="The update is not compiled, as that of the saved model was: .* C\\+\\+ compiler"),
+        pytest.warns(
+            UserWarning, match="The update of the saved model was compiled, but this one is not: .* C\\+\\+ compiler"
+        ),
     ):
         model = KLipPPO.load(tmp_path / "model", env=gym.make("CartPole-v1"))
     assert model.compile is False

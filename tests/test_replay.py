@@ -132,7 +132,7 @@ def test_optimal_weights_refuse(arguments, message):
         ([0.5, "0.5"], TypeError, "must be a whole number"),
         ([1.5, -0.5], ValueError, "no negative weight"),
         ([float("nan"), 1.0], ValueError, "no negative weight"),
-        ([2, 2], ValueError, r"must sum to 1, not 4: \[0.5, 0.5\]"),
+        ([2, 2], ValueError, r"must sum to 1, not 4; divided by their sum, they are \[0.5, 0.5\]"),
         ([0.0, 1.0], ValueError, "weight above 0 for the newest rollout"),
     ],
 )

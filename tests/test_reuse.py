@@ -349,17 +349,17 @@ def test_a_buffer_that_is_not_known_is_refused():
     class Own(RolloutBuffer):
         pass
 
-    with pytest.raises(ValueError, match=r"reuse=2 keeps rollouts of SB3's and sb3-contrib's own buffers.*not of Own"):
+    with pytest.raises(ValueError, match=r"reuse=2 works with the rollout buffers of SB3 and sb3-contrib only, not with Own"):
         KLipPPO("MlpPolicy", cartpole(), rollout_buffer_class=Own, reuse=2)
 
 
 def test_more_than_fits_into_memory_is_refused(monkeypatch):
     monkeypatch.setattr("sb3_klip.reuse._memory", lambda: 300_000)
-    with pytest.raises(ValueError, match=r"reuse=4 with n_steps=2048 needs .* 4 rollouts.* n_steps=\d+ would do") as error:
+    with pytest.raises(ValueError, match=r"reuse=4 with n_steps=2048 needs .* 4 rollouts.* n_steps=\d+ would fit") as error:
         KLipPPO("MlpPolicy", cartpole(), reuse=4)
     fits = int(str(error.value).split("n_steps=")[2].split()[0])
     KLipPPO("MlpPolicy", cartpole(), reuse=4, n_steps=fits)
-    with pytest.raises(ValueError, match="would do"):
+    with pytest.raises(ValueError, match="would fit"):
         KLipPPO("MlpPolicy", cartpole(), reuse=4, n_steps=fits + 10)
 
 

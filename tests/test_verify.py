@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(verify, monkeypatch, tmp_path, arguments):
 
 def residual(result):
     found_difference(result)
-    words = r"On the (\d+) clipped samples of this update, .* leaves ([\d.]+)% of .* \(median; at least ([\d.]+)%\)"
+    words = r"On the (\d+) clipped samples of this update, .* sample, ([\d.]+)% of .* \(median; at least ([\d.]+)%\)"
     return [float(number) for number in re.search(words, result.out).groups()]
 
 
@@ -223,7 +223,7 @@ def test_the_analytic_divergence_of_gaussians(verify):
     assert count > 10
     assert 5 < middle < 100
     assert low < middle
-    assert "Here that is nothing" not in result.out
+    assert "Here nothing remains" not in result.out
 
 
 def test_the_analytic_divergence_of_two_actions(verify):
@@ -232,7 +232,7 @@ def test_the_analytic_divergence_of_two_actions(verify):
     count, middle, low = residual(result)
     assert count > 3
     assert (middle, low) == (0, 0)
-    assert "Here that is nothing" in result.out
+    assert "Here nothing remains" in result.out
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_rewards_that_are_nan(verify):
 @pytest.mark.parametrize("after", [0, 100])
 def test_an_environment_that_does_not_repeat_itself(verify, after):
     result = verify(*OWN_ENV, "--env-kwargs", "trouble:'chance'", f"after:{after}", *UPDATES)
-    message = f"The rollout of update {after // 64} differs, .*: Own-v0 does not repeat its episodes for the same seed"
+    message = f"The rollout of update {after // 64} differs, .*: Own-v0 does not repeat its episodes with the same seed"
     assert_one_message(result, message)
 
 
@@ -278,7 +278,7 @@ def test_an_environment_that_does_not_repeat_itself_and_early_stopping(verify):
 
 def test_no_sample_is_clipped(verify):
     result = verify(*DEFAULT, "-n", 128, "-params", "n_steps:64", "learning_rate:1e-9")
-    assert_one_message(result, "^Equal so far, but no sample has been clipped, so nothing has been tried")
+    assert_one_message(result, "^Equal so far, but no sample was clipped, so this shows nothing")
     assert result.cell("largest difference of gradients") == "0 ulp"
     assert result.cell("minibatches compared") == "20"
 

@@ -90,10 +90,10 @@ def test_python_is_named_as_it_is_typed(tmp_path, monkeypatch):
     [
         (
             ["--env", "CartPole-v0"],
-            ["--env: ", "no finished run on 'CartPole-v0', but on CartPole-v1", "Did you mean 'CartPole-v1'?"],
+            ["--env: ", "no finished run on 'CartPole-v0'. Finished runs: CartPole-v1", "Did you mean 'CartPole-v1'?"],
         ),
         (["--algo", "klip_pop", "--env", "CartPole-v1"], ["--algo: 'klip_pop'", "klip_ppo_lstm", "Did you mean 'klip_ppo'?"]),
-        (["--env", "CartPole-v1", "-f", "nowhere"], ["no finished run", "but on nothing"]),
+        (["--env", "CartPole-v1", "-f", "nowhere"], ["no finished run", "Finished runs: none"]),
     ],
 )
 def test_errors_say_what_there_is(arguments, parts, logs, monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""Saving, loading and resuming: files of any age and origin, and runs that go on where they were."""
+"""Saving and loading files of any age and origin, and resuming runs exactly."""

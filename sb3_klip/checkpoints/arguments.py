@@ -1,4 +1,4 @@
-"""What a model is loaded with: what the file has, what the caller gives in its place, and what was lost."""
+"""The arguments of a loaded model: from the file, from the caller, and defaults for those that could not be restored."""
 
 import inspect
 import warnings
@@ -116,7 +116,7 @@ class LoadArguments:
         reasons = ", ".join(dict.fromkeys(self.lost.values()))
         values = "; ".join(f"{name} is now {value(name)}" for name in self.lost)
         warnings.warn(
-            f"{self.checkpoint.name} holds what cannot be restored ({reasons}): {values}. Keyword arguments of load(), or "
-            "custom_objects, set others.",
+            f"{self.checkpoint.name} holds what cannot be restored ({reasons}): {values}. To set other values, give them as "
+            "keyword arguments of load(), or as custom_objects.",
             stacklevel=3,
         )

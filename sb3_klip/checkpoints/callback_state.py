@@ -1,4 +1,4 @@
-"""What callbacks remember, so that a resumed run goes on with it: best returns so far, evaluations, counters."""
+"""The state of callbacks, which a resumed run restores: best returns so far, evaluations, counters."""
 
 import hashlib
 import inspect
@@ -133,7 +133,8 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
             each.n_calls = calls
     if lost:
         warnings.warn(
-            f"Callbacks begin anew with what a checkpoint cannot keep, as it is no plain data: {', '.join(lost)}", stacklevel=6
+            f"These attributes of callbacks are no plain data, so the checkpoint has not kept them: {', '.join(lost)}",
+            stacklevel=6,
         )
     if gone := [one["type"] for one in open_ if one["has_learned"]]:
         warnings.warn(

@@ -1,8 +1,8 @@
 """
-What is in a checkpoint: a zip file of Stable-Baselines3, of any age and origin.
+Reading a checkpoint: a zip file of Stable-Baselines3, of any age and origin.
 
-Stable-Baselines3 reads the weights. What it cannot do is done by :class:`Checkpoint`: telling what a file is before anything
-in it is unpickled, and why it cannot be loaded.
+Stable-Baselines3 reads the weights. :class:`Checkpoint` does the rest: it finds out what a file is before anything in it is
+unpickled, and why it cannot be loaded.
 """
 
 import base64

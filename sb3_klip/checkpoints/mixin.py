@@ -50,18 +50,18 @@ class Checkpoints(OnPolicyAlgorithm):
     @property
     def between_rollouts(self) -> bool:
         """
-        Whether now is a moment at which ``save(..., resumable=True)`` works.
+        Whether ``save(..., resumable=True)`` is possible now.
 
-        That is while nothing has been collected since the last update: from the end of ``train`` to ``on_rollout_start``,
-        and after ``learn``, as long as nobody has stepped the environments meanwhile.
+        It is possible if no steps were collected since the last update: from the end of ``train`` to ``on_rollout_start``, and
+        after ``learn``, as long as nobody has stepped the environments in between.
         """
         return self._boundary is not None and self._boundary.is_now(self)
 
     def at_rollout_boundaries(self, function: Callable[[], None]) -> None:
         """
-        Have a function called at each moment between two rollouts of this call of ``learn``, and at its end.
+        Register a function that is called between two rollouts of this call of ``learn``, and at its end.
 
-        :param function: takes nothing; the model may be saved in it, with ``resumable=True``
+        :param function: function without arguments; it may save the model with ``resumable=True``
         """
         self._at_boundaries += (function,)
 
@@ -84,7 +84,7 @@ class Checkpoints(OnPolicyAlgorithm):
         """
         Update the policy on the current rollout, see ``sb3_klip/training.py``.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then set back to where the update began
+        :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
         """
         self._boundary = None
         super().train()
@@ -127,8 +127,8 @@ class Checkpoints(OnPolicyAlgorithm):
         if end != self._total_timesteps:
             warnings.warn(
                 f"total_timesteps={total_timesteps} ends this run at {end} steps, and the run that is resumed would have "
-                f"ended at {self._total_timesteps}: what follows the progress of training, such as a schedule, is not what "
-                "it would have been.",
+                f"ended at {self._total_timesteps}: schedules, and all else that depends on the progress of training, will "
+                "differ from that run.",
                 stacklevel=5,
             )
         return end - self.num_timesteps
@@ -152,17 +152,17 @@ class Checkpoints(OnPolicyAlgorithm):
         resumable: bool = False,
     ) -> None:
         """
-        Save the model to a zip file that ``PPO.load`` opens as well; the coefficient stands there as plain JSON.
+        Save the model to a zip file that ``PPO.load`` can also open. The coefficient is saved as plain JSON.
 
-        A file with the same name is replaced in one step, so that a kill at any moment leaves one of the two whole.
+        An existing file is replaced in one step: after a kill at any moment, there is a complete old or new file.
 
         :param path: file to write; ".zip" is added to a name without a suffix
         :param exclude: attributes to leave out in addition to the default ones
-        :param include: attributes to keep although they are left out by default
-        :param resumable: whether to save as well what a run needs to go on exactly where it was: random generators, the
-            environments in the middle of their episodes and their wrappers, the last observations, what callbacks remember.
-            Between two rollouts only: see :class:`~sb3_klip.ResumableCheckpointCallback`.
-        :raises ValueError: if ``resumable`` in the middle of a rollout or an update
+        :param include: attributes to save although they are left out by default
+        :param resumable: Whether to also save what is needed to resume exactly: the random generators, the environments in the
+            middle of their episodes and their wrappers, the last observations, and the state of callbacks. This is possible
+            only between two rollouts, see :class:`~sb3_klip.ResumableCheckpointCallback`.
+        :raises ValueError: if ``resumable`` is set in the middle of a rollout or an update
         """
         state = read_state(self) if resumable else None
         # What the file has and the model has not goes into a copy: the model may be in use in another thread.
@@ -205,27 +205,28 @@ class Checkpoints(OnPolicyAlgorithm):
         **kwargs: Any,
     ) -> SelfCheckpoints:
         """
-        Load a model from a zip file, as SB3 does; also one that the base class saved, or RL Zoo in the days of ``gym``.
+        Load a model from a zip file, as SB3 does. The file may come from the base class, or from RL Zoo's old agents with
+        ``gym``.
 
-        A checkpoint holds pickles, which run code when they are loaded. Of a file that you have no reason to trust, load
-        plain data only, with ``trusted=False``.
+        A checkpoint contains pickles, which can run code when they are loaded. Load files that you do not trust with
+        ``trusted=False``.
 
-        :param path: the file, with or without ".zip", or an open one
+        :param path: the file, with or without ".zip", or an open file
         :param env: the environment to train on; its observation space may differ from the file's in dtype and bounds
         :param device: Device (cpu, cuda, ...) on which to run
-        :param custom_objects: attributes to take instead of those in the file
+        :param custom_objects: attributes that replace those in the file
         :param print_system_info: Whether to print the system that saved the file, and this one
         :param force_reset: Whether to reset ``env`` before training
-        :param trusted: Whether the file may run code. With False, weights, spaces and plain hyperparameters are restored,
-            functions are replaced as if they could not be restored, and a file with anything else is refused.
-        :param resume: Whether to restore all that ``save(..., resumable=True)`` has saved, so that ``learn``, called as in the
-            interrupted run, takes the steps that remain and ends as that run would have ended
-        :param kwargs: arguments of the constructor to take instead of those in the file; a new ``beta`` comes with its own
-            ``beta_kwargs``, and not with those of the file
+        :param trusted: Whether the file may run code. With False, only weights, spaces and plain hyperparameters are loaded.
+            Functions, such as schedules, are replaced by defaults with a warning. A file with anything else is refused.
+        :param resume: Whether to restore all that ``save(..., resumable=True)`` has saved. Then call ``learn`` with the same
+            arguments as in the interrupted run: it runs the remaining steps, and ends as that run would have ended.
+        :param kwargs: arguments of the constructor that replace those in the file; if ``beta`` is given, ``beta_kwargs`` of
+            the file is ignored
         :return: the model
         :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is not a whole checkpoint of the right algorithm, does not fit ``env``, is not trusted
-            and holds more than plain data, or has nothing to resume from
+        :raises ValueError: if the file is not a complete checkpoint of the right algorithm, does not fit ``env``, contains
+            more than plain data with ``trusted=False``, or has no state to resume from with ``resume=True``
         """
         arguments = LoadArguments(cls, custom_objects, kwargs)
         checkpoint = Checkpoint.read(path)
@@ -257,10 +258,10 @@ class Checkpoints(OnPolicyAlgorithm):
         Load parameters from a file or a dictionary, as SB3 does.
 
         :param load_path_or_dict: a checkpoint, or what ``get_parameters`` returns
-        :param exact_match: Whether all parameters must be there, and no others
+        :param exact_match: Whether the names of the parameters must match exactly
         :param device: Device on which to load them
-        :raises ValueError: if they are of another architecture, or the file is not a checkpoint of the right algorithm; the
-            model is then as it was
+        :raises ValueError: if they belong to another architecture, or the file is not a checkpoint of the right algorithm;
+            then the model is unchanged
         """
         name = "load_path_or_dict"
         if not isinstance(load_path_or_dict, dict):

@@ -1,4 +1,4 @@
-"""Parameters and optimizer states of a file, held against those of a policy before any of them is copied."""
+"""Checking that the parameters and optimizer states of a file fit a policy, before any of them is copied."""
 
 from collections.abc import Mapping
 from typing import Any

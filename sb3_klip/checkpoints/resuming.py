@@ -258,8 +258,8 @@ def read_state(model: Any) -> bytes:
         raise ValueError(
             "resumable=True needs a moment between two rollouts: on_rollout_start of a callback, or the end of learn(). "
             "ResumableCheckpointCallback saves at such moments."
-            + " The environments have been stepped or reset since the last one, as by evaluate_policy: evaluate on others."
-            * stepped
+            + " The environments have been stepped or reset since the last one, for example by evaluate_policy: evaluate on "
+            "separate environments." * stepped
         )
     state = {
         "versions": conditions(model.device),

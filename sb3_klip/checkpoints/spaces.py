@@ -1,4 +1,4 @@
-"""Whether a policy made for one space does for another."""
+"""Checking whether a policy for one space can be used with another."""
 
 import numpy as np
 from gymnasium import spaces

@@ -1,5 +1,5 @@
 """
-Unpickling what checkpoints hold: files from the days of ``gym``, and files of strangers.
+Unpickling the contents of checkpoints: old files with ``gym``, and files that are not trusted.
 
 A pickle is a program. :func:`loads` runs it as Python's own does, but for three things: spaces of ``gym`` become those of
 ``gymnasium``, tensors come to the CPU, and a function whose bytecode is that of another version of Python is refused rather

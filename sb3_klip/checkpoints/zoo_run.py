@@ -1,4 +1,4 @@
-"""What RL Zoo puts beside a checkpoint: hyperparameters, arguments and ``VecNormalize`` statistics."""
+"""The files of RL Zoo beside a checkpoint: hyperparameters, arguments and ``VecNormalize`` statistics."""
 
 import pathlib
 import re
@@ -51,7 +51,7 @@ def read_zoo_yaml(file: pathlib.Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ZooYaml)
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        warnings.warn(f"{file} could not be read, and was left out of account: {error}", stacklevel=3)
+        warnings.warn(f"{file} could not be read, and is ignored: {error}", stacklevel=3)
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -92,13 +92,13 @@ def statistics_file(checkpoint: pathlib.Path) -> pathlib.Path | None:
 
 def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = True) -> VecNormalize:
     """
-    Load statistics that ``VecNormalize.save`` wrote, as ``VecNormalize.load`` does; also those from the days of ``gym``.
+    Load ``VecNormalize`` statistics, as ``VecNormalize.load`` does, also from old files with ``gym``.
 
     :param path: path of the file
     :param venv: environments to normalize
-    :param trusted: whether the file may run code; with False, anything in it but plain data is refused
+    :param trusted: Whether the file may run code. With False, a file with anything but plain data is refused.
     :return: the environments with the statistics
-    :raises ValueError: if the file holds anything else, or is refused
+    :raises ValueError: if the file contains no ``VecNormalize``, does not fit the environments, or is refused
     """
     content = pathlib.Path(path).read_bytes()
     try:

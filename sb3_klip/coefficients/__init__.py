@@ -1,8 +1,8 @@
 """
-The coefficient β, one word each: how strongly each sample's gradient is taken back.
+The coefficients by name: which share of each sample's gradient is removed.
 
-A coefficient is a function of detached per-sample tensors that returns the *removal* g in β = -w Â g, the share of the
-gradient that is taken back: 0 leaves a sample alone, 1 removes its gradient, more than 1 pushes it back::
+A coefficient is a function of detached tensors with one number per sample. It returns the *removal* g in β = -w Â g: the share
+of the gradient that is removed. With g = 0 the gradient is unchanged, with g = 1 it is zero, with g > 1 it is reversed::
 
     from sb3_klip import KLipPPO
     from sb3_klip.coefficients import register
@@ -17,9 +17,9 @@ gradient that is taken back: 0 leaves a sample alone, 1 removes its gradient, mo
 
     model = KLipPPO("MlpPolicy", "Hopper-v4", beta="late_ramp", beta_kwargs={"width": 0.2})
 
-Its arguments without a default are what it asks for (:data:`QUANTITIES`), its keyword-only arguments with a default are its
-parameters. A coefficient of the KL-penalty family returns a pair: the removal, and a *weight* on the KL estimate that its
-parameter or attribute ``estimator`` names.
+Further arguments without a default request quantities (:data:`QUANTITIES`). Keyword-only arguments with a default are the
+parameters. A penalty returns a pair: the removal, and a *weight* on an estimate of the KL divergence. Its parameter or
+attribute ``estimator`` names the estimate.
 """
 
 from sb3_klip.coefficients import clipping, penalties, position, pushing_back, reweighting, softening, state_kl
@@ -28,7 +28,7 @@ from sb3_klip.coefficients.position import Product
 from sb3_klip.coefficients.registry import Entry, UnknownCoefficientError, available, entries, make, register
 from sb3_klip.surrogate import ESTIMATORS
 
-#: The modules of the family, in the order in which tables show them; the first line of each says what its members do.
+#: The modules of coefficients, in the order of the tables; the first line of each says what its coefficients do.
 FAMILY = (clipping, softening, pushing_back, reweighting, state_kl, penalties, position)
 
 __all__ = [

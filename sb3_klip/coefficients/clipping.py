@@ -10,11 +10,11 @@ from sb3_klip.coefficients.registry import register
 
 def clip_removal(ratio: th.Tensor, advantages: th.Tensor, lower: float | th.Tensor, upper: float | th.Tensor) -> th.Tensor:
     """
-    What autograd takes off the gradient of w Â in ``min(w Â, clamp(w, lower, upper) Â)``: 1 on the kill set, else 0.
+    The share of the gradient of w Â that is removed in ``min(w Â, clamp(w, lower, upper) Â)``: 1 on the kill set, else 0.
 
-    An ulp or two outside the band, the two products can round to the same number. Autograd of the minimum then gives half
-    of the gradient to each, and the half of the clamped one is lost, so the removal is 1/2 there. This happens to about one
-    sample in 10^8, which is often enough for a long run of PPO to be left by one that does not know it.
+    One or two ulps outside the band, the two products can round to the same number. Then autograd gives half of the gradient
+    to each argument of the minimum, and the half of the clamped one is lost. So the removal is 1/2 there. This happens to
+    about one sample in 10^8, which is often enough to change a long run.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -49,7 +49,7 @@ def step(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor)
 @register(
     "clip_higher",
     "dapo",
-    formula="1 past 1 + high where Â > 0, past 1 - low where Â < 0",
+    formula="1 above 1 + high where Â > 0, 1 below 1 - low where Â < 0, else 0",
     source="DAPO, arXiv 2503.14476",
     search={"low": (0.05, 0.5), "high": (0.05, 1.0)},
 )
@@ -88,12 +88,12 @@ def dual_clip(
     bound: Annotated[float, Interval(1.0, low_open=True)] = 3.0,
 ) -> th.Tensor:
     """
-    ``step``, with PPO-Clip's loss on a bad action bounded as well.
+    ``step`` that also bounds PPO-Clip's loss on actions with Â < 0.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param bound: greatest ratio at which a bad action is still corrected
+    :param bound: largest ratio at which an action with Â < 0 still has a gradient
     :return: removal
     """
     return step(ratio, advantages, clip_range).masked_fill((advantages < 0) & (ratio > bound), 1.0)
@@ -102,7 +102,8 @@ def dual_clip(
 @register(
     "dynamic_clip",
     "dcpo",
-    formula="1 past 1/2 + sqrt(1 + 4 high / q) / 2 where Â > 0, past 1/2 + sqrt(max(1 - 4 low / q, 0)) / 2 where Â < 0",
+    formula="1 above 1/2 + sqrt(1 + 4 high / q) / 2 where Â > 0, 1 below 1/2 + sqrt(max(1 - 4 low / q, 0)) / 2 where Â < 0, "
+    "else 0",
     source="DCPO, arXiv 2509.02333",
     search={"low": (0.03, 0.5), "high": (0.03, 0.5)},
 )
@@ -116,14 +117,14 @@ def dynamic_clip(
     high: Positive = 0.2,
 ) -> th.Tensor:
     """
-    ``step`` with a band that is the wider, the smaller the action's probability q: ``q w |w - 1|`` is bounded.
+    ``step`` with a wider band for less probable actions: ``q w |w - 1|`` is bounded.
 
-    DCPO's other parts, its advantages and its averages over tokens, belong to no coefficient.
+    The other parts of DCPO, its advantages and its averages over tokens, are not included.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
-    :param old_log_prob: log q, of a probability
+    :param old_log_prob: log q, the log-probability (not density) of the action under the rollout policy
     :param low: bound on q w (1 - w) where w < 1
     :param high: bound on q w (w - 1) where w > 1
     :return: removal
@@ -154,16 +155,16 @@ def probability_clip(
     high: NonNegative = 0.2,
 ) -> th.Tensor:
     """
-    A sample is dropped where its action's probability, and not its ratio, has changed too far in the step's direction.
+    ``step`` with a bound on the change of the action's probability instead of its ratio.
 
-    The change ``q |w - 1|`` is the total variation between the two policies when all other actions count as one.
+    The change ``q |w - 1|`` is the total variation between the two policies if all other actions count as one.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
-    :param old_log_prob: log q, of a probability
-    :param low: bound on how far the probability falls
-    :param high: bound on how far the probability rises
+    :param old_log_prob: log q, the log-probability (not density) of the action under the rollout policy
+    :param low: largest allowed decrease of the probability
+    :param high: largest allowed increase of the probability
     :return: removal
     """
     change = old_log_prob.exp() * (ratio - 1)

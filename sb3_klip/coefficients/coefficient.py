@@ -1,4 +1,4 @@
-"""What a coefficient is: a function of per-sample tensors, with its parameters and what it learns."""
+"""What a coefficient is: a function of per-sample tensors, with its parameters and its state."""
 
 import copy
 import inspect
@@ -11,16 +11,17 @@ import torch as th
 from sb3_klip.coefficients.parameters import Parameter, check_names
 from sb3_klip.errors import did_you_mean
 
-#: What a coefficient may ask for by naming it as an argument, beyond ``ratio``, ``advantages`` and ``clip_range``.
+#: What a coefficient can request by naming it as an argument, beyond ``ratio``, ``advantages`` and ``clip_range``.
 QUANTITIES: dict[str, str] = {
     "kl": "KL(π_old(·|s) ‖ π_new(·|s)) of each state in nats, summed over action dimensions; tensor like the ratio",
-    "position": "step of each sample in its episode, 0 at the start; tensor like the ratio",
-    "old_log_prob": "log π_old(a|s) of each sample, of a density where actions are continuous; tensor like the ratio",
-    "least_ratio": "least ratio that a policy with KL(π_old ‖ π) <= delta can give the action, delta being its parameter "
-    "(sb3_klip.trust_region); tensor like the ratio",
-    "greatest_ratio": "greatest ratio, likewise; tensor like the ratio",
-    "age": "updates since the sample was collected, 0 in the last rollout, so 0 with reuse=1; tensor like the ratio",
-    "progress": "share of training done, from 0 to 1; float",
+    "position": "time step of each sample within its episode, 0 at the start; tensor like the ratio",
+    "old_log_prob": "log π_old(a|s) of each sample, a log-density for continuous actions; tensor like the ratio",
+    "least_ratio": "smallest ratio of the action under a policy with KL(π_old ‖ π) <= delta, where delta is a parameter of "
+    "the coefficient (sb3_klip.trust_region); tensor like the ratio",
+    "greatest_ratio": "largest such ratio; tensor like the ratio",
+    "age": "number of updates since the sample was collected: 0 in the newest rollout, and always 0 with reuse=1; tensor like "
+    "the ratio",
+    "progress": "fraction of training that is done, from 0 to 1; float",
 }
 
 #: The names of a coefficient's first three arguments, which may stand in any order.
@@ -31,26 +32,27 @@ CoefficientFunction: TypeAlias = Callable[..., th.Tensor | tuple[th.Tensor, th.T
 
 class Coefficient:
     """
-    A function with its parameters, which says how much of each sample's gradient is taken back.
+    A function with its parameters, which returns the share of each sample's gradient that is removed.
 
-    Called with detached per-sample tensors, it returns the *removal* g in β = -w Â g (``1 - g`` multiplies the gradient) and,
-    in the KL-penalty family, a weight. Two optional methods of a function object take part in training, each given the
-    parameters as keywords: ``stop(ratio)`` returns True to end the inner loop, ``end_update(kl)`` is told the mean KL over the
-    rollout under the final policy. ``state_dict()`` and ``load_state_dict()`` carry what such an object learns.
+    Called with detached per-sample tensors, it returns the *removal* g in β = -w Â g (the gradient is multiplied by
+    ``1 - g``). A penalty also returns a weight. If the function is an object, it can have two optional methods, which receive
+    the parameters as keywords: ``stop(ratio)`` returns True to end the epochs of an update, and ``end_update(kl)`` receives
+    the mean KL divergence of the final policy over the rollout. ``state_dict()`` and ``load_state_dict()`` save and restore
+    the state of the object.
 
     :param function: ``function(ratio, advantages, clip_range, ...)``, see :mod:`sb3_klip.coefficients`; an object is copied,
-        so that what it learns belongs to this coefficient alone
-    :param name: how it is shown and saved
+        so that this coefficient does not share its state
+    :param name: name for messages and checkpoints
     :param parameters: values for its keyword-only arguments: a number, ``"lin_x"`` or a function of the remaining progress
-    :raises TypeError: if the function's signature does not fit, a parameter is unknown or of a wrong type, or an object keeps
-        an argument of its constructor to itself, or takes ``*args`` or ``**kwargs``, so that it could not be saved
-    :raises ValueError: if a parameter is out of range, or what the function returns on a small batch does not fit
+    :raises TypeError: if the signature of the function does not fit, if a parameter is unknown or of a wrong type, or if the
+        object could not be saved, as its constructor takes ``*args`` or ``**kwargs`` or does not store an argument
+    :raises ValueError: if a parameter is out of range, or if the result of the function on a small batch is not valid
     """
 
     def __init__(self, function: CoefficientFunction, name: str, parameters: Mapping[str, Any] | None = None):
         self.function = _own(function)
         self.name = name
-        #: The quantities that it asks for, see :data:`QUANTITIES`.
+        #: The quantities that it requests, see :data:`QUANTITIES`.
         self._order, self.requests, self._declared = _read_signature(function, name)
         given = dict(parameters or {})
         check_names(given, self._declared, name)
@@ -58,27 +60,27 @@ class Coefficient:
         self.settings = {key: given.get(key, declared.default) for key, declared in self._declared.items()}
         for key, declared in self._declared.items():
             declared.check(self.settings[key], name)
-        #: All that it takes to make it again under its name: arguments of an object's constructor, and its parameters.
+        #: What is needed to construct it again under its name: arguments of an object's constructor, and its parameters.
         self.parameters = {**_constructor_arguments(function, name), **self.settings}
-        #: The KL estimate that its weight is for; None if it has no weight.
+        #: The KL estimate that its weight multiplies; None if it has no weight.
         self.estimator: str | None = self.settings.get("estimator", getattr(function, "estimator", None))
-        #: Whether it is undefined for a clip range of 0 or less.
+        #: Whether it needs a clip range above 0.
         self.needs_clip_range: bool = getattr(function, "needs_clip_range", False)
-        #: Whether it takes exp(``old_log_prob``) for a probability, which it is not where actions are continuous.
+        #: Whether it needs exp(``old_log_prob``) to be a probability, so that it cannot be used with continuous actions.
         self.needs_probabilities: bool = getattr(function, "needs_probabilities", False)
-        #: Whether :meth:`end_update` does anything.
+        #: Whether its function has a method ``end_update``.
         self.learns = hasattr(function, "end_update")
         self.set_progress(1.0)
         self._try_out()
 
     @property
     def needs_kl(self) -> bool:
-        """Whether the rollout policy's distribution is needed in every minibatch."""
+        """Whether it needs the distribution of the rollout policy in every minibatch."""
         return "kl" in self.requests or self.estimator == "analytic"
 
     @property
     def needs_ratio_bounds(self) -> bool:
-        """Whether it asks for what ratios a policy within a trust region can have."""
+        """Whether it requests ``least_ratio`` or ``greatest_ratio``."""
         return "least_ratio" in self.requests or "greatest_ratio" in self.requests
 
     @property
@@ -88,7 +90,7 @@ class Coefficient:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it is one of this package's, and its removal and weight depend on nothing but tensors that it is given."""
+        """Whether it belongs to this package, and its removal and weight depend only on the tensors that it receives."""
         own = getattr(self.function, "__module__", "").startswith("sb3_klip.")
         numbers = all(isinstance(value, (int, float, str, type(None))) for value in self.settings.values())
         scheduled = any(isinstance(value, str) and value.startswith("lin_") for value in self.settings.values())
@@ -96,7 +98,7 @@ class Coefficient:
 
     def set_progress(self, progress_remaining: float) -> None:
         """
-        Bring scheduled parameters up to date.
+        Evaluate the schedules of its parameters.
 
         :param progress_remaining: from 1 (start) to 0 (end of training)
         """
@@ -118,10 +120,10 @@ class Coefficient:
         :param ratio: importance ratio w, detached
         :param advantages: advantage Â, same shape
         :param clip_range: half-width ε
-        :param quantities: what the coefficient asks for by name; more may be given
+        :param quantities: the requested quantities by name; others are ignored
         :return: removal, and weight or None; both like the ratio
-        :raises ValueError: if a quantity is missing, or what the function returns does not fit
-        :raises TypeError: if it returns something else than tensors
+        :raises ValueError: if a quantity is missing, or a returned tensor has a wrong shape, dtype or device
+        :raises TypeError: if the function does not return tensors
         """
         asked = {}
         for key in self.requests:
@@ -145,7 +147,7 @@ class Coefficient:
 
     def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
         """
-        Whether to end the inner loop before the next step.
+        Whether to end the epochs of the update before the next gradient step.
 
         :param ratio: importance ratio w
         :param mask: samples that count; None if all do
@@ -163,7 +165,7 @@ class Coefficient:
             self.function.end_update(kl, **self.values)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the coefficient learned, as plain JSON values; empty for a pure function."""
+        """The state of the coefficient, as plain JSON values; empty for a pure function."""
         hook = getattr(self.function, "state_dict", None)
         return {} if hook is None else hook()
 

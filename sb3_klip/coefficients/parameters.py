@@ -64,7 +64,7 @@ def constant_like(value: float | th.Tensor, like: th.Tensor) -> th.Tensor:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword-only argument of a coefficient: its name, its default, and what it may be."""
+    """One keyword-only argument of a coefficient: its name, its default, and its allowed values."""
 
     name: str
     default: Any

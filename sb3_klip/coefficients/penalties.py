@@ -1,4 +1,4 @@
-"""Coefficients that penalise: a weight, one for all samples, on an estimate of the KL divergence."""
+"""Coefficients that penalise an estimate of the KL divergence, with one weight for all samples."""
 
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -26,12 +26,12 @@ def fixed(
     estimator: Estimator = "analytic",
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    One weight on the KL divergence from the rollout policy, for all samples.
+    A penalty on the KL divergence from the rollout policy, with a fixed weight.
 
     :param ratio: importance ratio w
     :param advantages: not used
     :param clip_range: not used
-    :param value: weight, per nat
+    :param value: weight of the penalty, per nat
     :param estimator: ``"analytic"`` (closed form), ``"k1"`` or ``"k3"`` (from the sampled action)
     :return: removal and weight
     """
@@ -41,19 +41,20 @@ def fixed(
 @register(
     "adaptive",
     "ppo_adaptive_kl",
-    formula="b times factor after a rollout with KL > 1.5 kl_target, divided by it below kl_target / 1.5",
+    formula="b is multiplied by factor after an update with KL > 1.5 kl_target, and divided by factor after one with "
+    "KL < kl_target / 1.5",
     source="PPO with an adaptive KL penalty, arXiv 1707.06347, eq. 8; the target 0.02 is ε²/2",
     search={"kl_target": (0.003, 0.1)},
 )
 class Adaptive:
     """
-    As ``fixed``, with b doubled after a rollout whose KL exceeded 1.5 times the target, halved below target / 1.5.
+    A penalty whose weight b is doubled after an update with KL > 1.5 ``kl_target``, and halved below ``kl_target`` / 1.5.
 
-    The KL is that of the final policy, averaged over the whole rollout; b stays within 1e-4 and 1e4.
+    The KL divergence is that of the final policy, averaged over the rollout. b stays between 1e-4 and 1e4.
 
-    :param initial: b at the start, per nat
-    :param kl_target: in nats
-    :param factor: by which b is changed
+    :param initial: b in the first update, per nat
+    :param kl_target: target of the KL divergence, in nats
+    :param factor: factor by which b is changed
     :param estimator: ``"analytic"`` (closed form), ``"k1"`` or ``"k3"`` (from the sampled action)
     """
 
@@ -77,7 +78,7 @@ class Adaptive:
         return th.zeros_like(ratio), constant_like(initial if self.value is None else self.value, ratio)
 
     def end_update(self, kl: float, *, initial: float, kl_target: float, factor: float, estimator: str) -> None:
-        """Change b by the KL divergence that the update ended with."""
+        """Change b according to the KL divergence at the end of the update."""
         value = initial if self.value is None else self.value
         if kl > 1.5 * kl_target:
             value *= factor

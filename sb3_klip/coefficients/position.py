@@ -1,4 +1,4 @@
-"""A coefficient whose strength depends on where in its episode a sample was collected."""
+"""A coefficient whose strength depends on the time step of the sample within its episode."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,12 @@ from sb3_klip.coefficients.registry import make, register
 
 class Product(Coefficient):
     """
-    Removal and weight of one coefficient times the removal of another; what the first learns, this one learns.
+    Removal and weight of one coefficient, multiplied by the removal of another. It has the state of the first.
 
     :param base: the coefficient that is scaled
-    :param factor: the coefficient whose removal is the factor; it must have no weight and learn nothing
-    :param name: how it is shown and saved
-    :param parameters: what makes it again under that name
+    :param factor: the coefficient whose removal is the factor; it must have no weight and no state
+    :param name: name for messages and checkpoints
+    :param parameters: arguments that construct it again under this name
     """
 
     def __init__(self, base: Coefficient, factor: Coefficient, name: str, parameters: Mapping[str, Any]):
@@ -73,7 +73,7 @@ def ramp_over_episode(
     horizon: Positive = 1000.0,
 ) -> th.Tensor:
     """
-    Linear in the step of the episode, from ``start`` to ``end``, and constant from step ``horizon`` on.
+    A factor that changes linearly with the time step, from ``start`` to ``end``, and is constant from step ``horizon`` on.
 
     :param ratio: importance ratio w
     :param advantages: not used
@@ -81,7 +81,7 @@ def ramp_over_episode(
     :param position: steps since the start of the episode
     :param start: value at the first step of an episode
     :param end: value from step ``horizon`` on
-    :param horizon: in steps
+    :param horizon: number of steps
     :return: factor, like the ratio
     """
     first, last = constant_like(start, position), constant_like(end, position)
@@ -91,7 +91,8 @@ def ramp_over_episode(
 @register(
     "position",
     factory=True,
-    formula="the coefficient base, times a factor from start to end, linear in the step of the episode up to horizon",
+    formula="the coefficient base times a factor, which changes linearly with the time step of the episode, from start at "
+    "step 0 to end at step horizon",
     source="arXiv 2606.23932, position-aware coefficients; the linear form and the defaults (PPO-Clip to PPO-RB) are ours",
 )
 def position(
@@ -105,14 +106,14 @@ def position(
     """
     The coefficient ``base``, scaled by :func:`ramp_over_episode`.
 
-    A strength below 1 leaves a part of each clipped sample's gradient, which grows with w and is bounded by nothing: with
-    ``end=0.5``, training collapsed on Hopper-v4 (a return of 14 after 100 000 steps, and of 1008 with ``step``).
+    A factor below 1 keeps a part of the gradient of each clipped sample. This part grows with w without a bound: with
+    ``end=0.5``, training collapsed on Hopper-v4 (a return of 14 after 100 000 steps, compared with 1008 for ``step``).
 
     :param base: the coefficient that is scaled, as in ``beta``
     :param base_kwargs: its parameters, as in ``beta_kwargs``
-    :param start: strength at the first step of an episode
-    :param end: strength from step ``horizon`` on
-    :param horizon: in steps
+    :param start: factor at the first step of an episode
+    :param end: factor from step ``horizon`` on
+    :param horizon: number of steps
     :return: the coefficient
     :raises ValueError: if ``base`` is itself scaled by the position
     """

@@ -1,4 +1,4 @@
-"""Coefficients that push a sample past the bound back to the band."""
+"""Coefficients that reverse the gradient of a sample beyond the bound, which pushes its ratio back into the band."""
 
 import math
 from typing import Annotated
@@ -19,12 +19,12 @@ from sb3_klip.coefficients.registry import register
 )
 def rollback(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, slope: NonNegative = 0.3) -> th.Tensor:
     """
-    The gradient turns round past the bound.
+    The gradient is reversed on the kill set.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param slope: strength of the push, as a share of the sample's own gradient
+    :param slope: size of the reversed gradient, relative to the sample's own gradient
     :return: removal
     """
     return step(ratio, advantages, clip_range) * (1 + slope)
@@ -33,7 +33,7 @@ def rollback(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Ten
 @register("quadratic", "spo", formula="sign(Â) (w - 1) / ε", source="SPO, arXiv 2401.16025 (ICML 2025)", search={})
 def quadratic(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
-    The gradient of ``w Â - |Â|(w - 1)²/(2ε)``: zero at the band's edge, pushing back beyond; needs ε > 0.
+    The gradient of ``w Â - |Â|(w - 1)²/(2ε)``: zero at the edge of the band, and reversed beyond it; needs ε > 0.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -50,16 +50,16 @@ quadratic.needs_clip_range = True  # type: ignore[attr-defined]
     "bounded_ratio",
     "bpo",
     formula="2 where (w - w*) Â > 0, w* = 1 + ε tanh(Â / (2 temperature)), else 0",
-    source="BPO, arXiv 2604.18578, there with ε = 0.3 and advantages over a median of returns that a second value head learns",
+    source="BPO, arXiv 2604.18578, which uses ε = 0.3 and a second value head that learns a median of returns",
     search={"temperature": (0.0001, 1.0)},
 )
 def bounded_ratio(
     ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, temperature: Positive = 0.001
 ) -> th.Tensor:
     """
-    The gradient of ``-|w - w*| |Â|``: with full strength towards the ratio w* that the best policy within the band has.
+    The gradient of ``-|w - w*| |Â|``, which always points to the ratio w* of the best policy within the band.
 
-    Only the loss is here; the advantages are the usual ones. Written as in the paper, w* is 1 - ε + 2 ε σ(Â / λ).
+    Only the loss of BPO is included; the advantages are the usual ones. In the paper's form, w* is 1 - ε + 2 ε σ(Â / λ).
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -74,8 +74,8 @@ def bounded_ratio(
 @register(
     "redescending",
     "ano",
-    formula="1 + kappa_plus ν tanh(y / 2) / (e^y + ν), y = a (x - 1 - ε), x = w where Â >= 0 and 2 - w where Â < 0; ν and a "
-    "follow from kappa_plus, kappa_minus and ε",
+    formula="1 + kappa_plus ν tanh(y / 2) / (e^y + ν) with y = a (x - 1 - ε), x = w where Â >= 0 and x = 2 - w where Â < 0; "
+    "ν and a follow from kappa_plus, kappa_minus and ε",
     source="ANO, arXiv 2605.02320",
     search={"kappa_plus": (3.0, 30.0)},
 )
@@ -88,16 +88,16 @@ def redescending(
     kappa_minus: Annotated[float, Interval(high=0.0, high_open=True)] = -1.5,
 ) -> th.Tensor:
     """
-    The gradient falls to zero at the harmful bound, pushes back past it, and dies out far from it; needs ε > 0.
+    The gradient is zero at the bound (d = 0), reversed beyond it, and tends to zero far from it; needs ε > 0.
 
-    ``1 - g`` is the slope G'(x) of a function that rises with slope ``kappa_plus`` far before the bound, and never falls with
-    a slope below ``kappa_minus``; ν and a make that so, and G'(1) = 1.
+    ``1 - g`` is the slope G'(x) of a function whose largest slope is ``kappa_plus`` (far below the bound) and whose smallest
+    slope is ``kappa_minus``. ν and a follow from these two and from G'(1) = 1.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param kappa_plus: greatest slope
-    :param kappa_minus: least slope, greater than -``kappa_plus``
+    :param kappa_plus: largest slope
+    :param kappa_minus: smallest slope, greater than -``kappa_plus``
     :return: removal
     :raises ValueError: if ``-kappa_minus`` is not less than ``kappa_plus``
     """

@@ -22,14 +22,15 @@ class UnknownCoefficientError(ValueError):
 @dataclass(frozen=True, eq=False)
 class Entry:
     """
-    What is known of a registered coefficient, as it stands at its definition.
+    The definition of a registered coefficient.
 
     :param name: its name
-    :param function: the function, a class whose objects are such functions, or with ``factory`` what makes the coefficient
+    :param function: the function; or a class whose objects are such functions; or, with ``factory``, a function that returns
+        the coefficient
     :param aliases: further names, each with the parameters that it presets
     :param formula: the removal g, or the weight b on the KL divergence, in the names of its parameters
     :param source: where it was published
-    :param search: ranges in which the tuner looks for parameters, on a logarithmic scale; None if the tuner leaves it out
+    :param search: range of each parameter for the tuner, on a logarithmic scale; None if the tuner does not try it
     :param factory: whether the function takes the parameters and returns a :class:`Coefficient`
     """
 
@@ -56,7 +57,7 @@ def register(
     **presets: dict[str, Any],
 ) -> Callable[[AnyFunction], AnyFunction]:
     """
-    Make a coefficient known by name, as a decorator of a function or a class. Formula and source are added to its docstring.
+    Register a function or a class under a name, as a decorator. Formula and source are added to its docstring.
 
     :param name: its name in ``beta=``, in YAML files and on the command line
     :param aliases: further names
@@ -64,8 +65,8 @@ def register(
     :param source: where it was published
     :param search: range of each parameter that RL Zoo's tuner samples, on a logarithmic scale; with None, the tuner does not
         try this coefficient by itself
-    :param factory: whether it takes its parameters, all keyword-only, and returns a :class:`Coefficient`
-    :param presets: further names that come with parameters of their own
+    :param factory: whether the function takes the parameters, all keyword-only, and returns a :class:`Coefficient`
+    :param presets: further names, each with a dict of the parameters that it presets
     :return: decorator that returns the function unchanged
     :raises ValueError: if a name is taken by another coefficient
     """
@@ -99,7 +100,7 @@ def available() -> list[str]:
 
 def find(name: str) -> Entry | None:
     """
-    What is known of a coefficient.
+    Look up the definition of a coefficient.
 
     :param name: its name, an alias, or ``"module:function"``
     :return: None if the function was not registered
@@ -116,8 +117,8 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
     Build a coefficient.
 
     :param name: a registered name or alias, ``"module:function"``, ``"module:Class"``, your own function or object, or a
-        coefficient already made; of that, other parameters make a new one, which has learned what it had
-    :param parameters: its parameters, see :class:`Coefficient`; for a class, arguments of its constructor, too
+        :class:`Coefficient`; with other parameters, a coefficient gives a new one with the same state
+    :param parameters: its parameters, see :class:`Coefficient`; for a class, also the arguments of its constructor
     :return: the coefficient
     :raises ValueError: if the name is unknown or a parameter out of range
     :raises TypeError: if ``name`` is of another type, or a parameter unknown or of a wrong type
@@ -185,7 +186,7 @@ def _made(function: Any, name: str, parameters: Mapping[str, Any]) -> Coefficien
         own = {argument.name: given.pop(argument.name) for argument in arguments if argument.name in given}
         if missing := [a.name for a in arguments if a.default is a.empty and a.kind < a.VAR_POSITIONAL and a.name not in own]:
             raise TypeError(
-                f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, which {function.__name__} is made with"
+                f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, for the constructor of {function.__name__}"
             )
         function = function(**own)
     return Coefficient(function, name, given)

@@ -1,4 +1,4 @@
-"""Coefficients with no bound on the ratio, which weigh every sample in the same way."""
+"""Coefficients without a clip bound near w = 1, which re-weight samples instead."""
 
 from typing import Annotated
 
@@ -10,13 +10,13 @@ from sb3_klip.coefficients.registry import register
 
 @register(
     "none",
-    formula="0; with ratio_deviation, the epochs end once the mean of |w - 1| exceeds it",
-    source="ESPO, arXiv 2202.00079, whose ratio_deviation is 0.25",
+    formula="0; with ratio_deviation, the epochs of an update end when the mean of |w - 1| exceeds it",
+    source="ESPO, arXiv 2202.00079, with ratio_deviation 0.25",
     espo={"ratio_deviation": 0.25},
 )
 class Unclipped:
     """
-    The importance-weighted surrogate with no trust region; with ``ratio_deviation``, one that stops early.
+    The importance-weighted surrogate without a trust region; with ``ratio_deviation``, updates stop early.
 
     :param ratio_deviation: bound on the mean of ``|w - 1|`` over a minibatch; None for no early stopping
     """
@@ -33,7 +33,7 @@ class Unclipped:
         return th.zeros_like(ratio)
 
     def stop(self, ratio: th.Tensor, *, ratio_deviation: float | None) -> bool:
-        """Whether the ratios of a minibatch deviate too far."""
+        """Whether the ratios of a minibatch deviate too far from 1."""
         return ratio_deviation is not None and (ratio - 1).abs().mean().item() > ratio_deviation
 
 
@@ -45,7 +45,7 @@ def smoothing(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
-    :param alpha: share of the gradient that is taken back everywhere
+    :param alpha: share of the gradient that is removed from every sample
     :return: removal
     """
     return constant_like(alpha, ratio)
@@ -67,7 +67,7 @@ def soft_adaptive(
     tau_neg: Positive = 1.05,
 ) -> th.Tensor:
     """
-    The gradient of (4/τ) σ(τ(w - 1)) Â: from all of it at w = 1 towards none on both sides.
+    The gradient of (4/τ) σ(τ(w - 1)) Â: unchanged at w = 1, and decaying to zero on both sides.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -83,13 +83,13 @@ def soft_adaptive(
 
 def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
-    The removal with which ``multiplier`` takes the place of w: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
+    The removal that replaces w by ``multiplier``: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
 
-    It is finite: a ratio that underflows to 0 counts as the least positive number of its dtype. A bounded m loses digits where
-    w is large, as ``1 - g`` does: in single precision it is off by about 1e-7 w, and a ratio that overflows counts as removed.
+    The removal is finite: a ratio that underflows to 0 counts as the smallest positive number of its dtype. For large w, a
+    bounded m loses digits in ``1 - g``: in single precision, the error is about 1e-7 w. With an infinite ratio, g is 1.
 
-    :param multiplier: m, at most 1 where the ratio underflows; tensor like the ratio, as a number divided by a tensor rounds
-        otherwise
+    :param multiplier: m, at most 1 where the ratio underflows; a tensor like the ratio, as a number divided by a tensor rounds
+        differently
     :param ratio: importance ratio w
     :return: removal, exactly 0 where m = w
     """
@@ -100,7 +100,7 @@ def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     "truncated",
     "cispo",
     formula="1 - clamp(w, 1 - low, 1 + high) / w",
-    source="CISPO, arXiv 2506.13585, which gives no number for high; that of arXiv 2510.13786",
+    source="CISPO, arXiv 2506.13585, which gives no number for high; the default is from arXiv 2510.13786",
     search={"high": (0.1, 10.0)},
 )
 def truncated(
@@ -112,7 +112,7 @@ def truncated(
     high: NonNegative = 4.0,
 ) -> th.Tensor:
     """
-    REINFORCE with a truncated importance ratio: no sample is dropped, and none counts more than 1 + ``high`` times.
+    REINFORCE with a truncated importance ratio: no sample is dropped, and no weight is larger than 1 + ``high``.
 
     :param ratio: importance ratio w
     :param advantages: not used
@@ -129,12 +129,12 @@ def truncated(
     "tapered",
     "topr",
     formula="1 - 1 / w where Â > 0, 1 - clamp(w, 0, 1) / w elsewhere",
-    source="TOPR, arXiv 2503.14286, there with the ratio and the return of a sequence",
+    source="TOPR, arXiv 2503.14286, which uses the ratio and the return of a sequence",
     search={},
 )
 def tapered(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
-    A good action is learnt as if it had just been sampled; a bad one counts less and less as it becomes improbable.
+    Without an importance ratio where Â > 0; with the ratio truncated at 1 elsewhere.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -149,7 +149,7 @@ def tapered(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tens
     "gamma_weighted",
     "vespo",
     formula="1 - w^(k - 1) exp(lambda (1 - w)), k_pos and lambda_pos where Â > 0, k_neg and lambda_neg elsewhere",
-    source="VESPO, arXiv 2602.10693, there with the ratio of a sequence",
+    source="VESPO, arXiv 2602.10693, which uses the ratio of a sequence",
     search={"k_pos": (1.0, 5.0), "lambda_pos": (0.3, 10.0), "k_neg": (1.0, 5.0), "lambda_neg": (0.3, 10.0)},
 )
 def gamma_weighted(
@@ -163,7 +163,7 @@ def gamma_weighted(
     lambda_neg: NonNegative = 2.0,
 ) -> th.Tensor:
     """
-    The ratio replaced by ``w^k exp(λ(1 - w))``, the density of a gamma distribution up to a factor: 1 at w = 1.
+    The ratio replaced by ``w^k exp(λ(1 - w))``, a multiple of the density of a gamma distribution, which is 1 at w = 1.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â

@@ -1,4 +1,4 @@
-"""Coefficients that let the gradient fade out around the bound on the ratio, in place of PPO-Clip's sharp step."""
+"""Coefficients that reduce the gradient gradually around the bound on the ratio, instead of in one step as PPO-Clip does."""
 
 import torch as th
 
@@ -14,12 +14,12 @@ def linear_ramp(
     ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, width: NonNegative = 0.05
 ) -> th.Tensor:
     """
-    The gradient fades out over a width past the harmful bound; a width of 0 is ``step``.
+    The gradient falls linearly to zero over a width beyond the bound; a width of 0 is ``step``.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param width: in units of the ratio
+    :param width: width of the ramp, in units of the ratio
     :return: removal
     """
     if width == 0:
@@ -34,12 +34,12 @@ def sigmoid(
     ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor, *, temperature: Positive = 0.05
 ) -> th.Tensor:
     """
-    A smooth step, which is 1/2 at the harmful bound.
+    A smooth step, which is 1/2 at the bound (d = 0).
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param temperature: in units of the ratio
+    :param temperature: width of the step, in units of the ratio
     :return: removal
     """
     return th.sigmoid(harmful_distance(ratio, advantages, clip_range) / temperature)
@@ -57,8 +57,8 @@ def soft_min(
     """
     PPO-Clip's minimum replaced by a soft one, -τ log(e^(-x/τ) + e^(-y/τ)), of x = w sign Â and y = clip(w) sign Â.
 
-    It jumps to about one half at both edges of the band, where a step backward is being corrected too, and tends to ``step``
-    as the temperature τ goes to 0.
+    The removal jumps to about 1/2 at both edges of the band, so it also reduces the gradient in the pass set. It tends to
+    ``step`` as the temperature τ goes to 0.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -87,15 +87,15 @@ def asymmetric(
     width_down: NonNegative = 0.0,
 ) -> th.Tensor:
     """
-    A linear ramp with a width of its own on each side of w = 1; a width of 0 is a sharp step.
+    A linear ramp with separate widths for w > 1 and w < 1; a width of 0 is a sharp step.
 
-    The paper says to soften one side and keep the other sharp.
+    The paper softens one side and keeps the other sharp.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param width_up: width where w > 1
-    :param width_down: width where w < 1
+    :param width_up: width where w > 1, in units of the ratio
+    :param width_down: width where w < 1, in units of the ratio
     :return: removal
     """
     up = linear_ramp(ratio, advantages, clip_range, width=width_up)
@@ -120,13 +120,13 @@ def gradient_preserving(
     high: NonNegative = 1.0,
 ) -> th.Tensor:
     """
-    Past the harmful bound, the ratio counts as a share of the bound, so that a clipped sample keeps a bounded gradient.
+    On the kill set, the ratio is replaced by a multiple of the bound. So a clipped sample keeps a bounded gradient.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: half-width ε
-    :param low: share of the lower bound, where Â < 0
-    :param high: share of the upper bound, where Â > 0
+    :param low: factor on the lower bound 1 - ε, where Â < 0
+    :param high: factor on the upper bound 1 + ε, where Â > 0
     :return: removal
     """
     lower, upper = bounds(clip_range)
@@ -150,7 +150,7 @@ def decoupled_decay(
     m: Positive = 2.0,
 ) -> th.Tensor:
     """
-    Past the harmful bound, the gradient decays by a power of the ratio, with an exponent of its own on each side.
+    On the kill set, the gradient decays as a power of the ratio, with separate exponents above and below the band.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
@@ -188,17 +188,17 @@ def mass_adaptive(
     beta_neg: NonNegative = 0.03,
 ) -> th.Tensor:
     """
-    The gradient fades out as a Gaussian from w = 1 on, the wider the less probable the action and the better it was.
+    The gradient decays as a Gaussian of w - 1, which is wider for less probable actions and for larger advantages.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
-    :param old_log_prob: log q, of a probability
-    :param sigma: width for an action of probability 1
-    :param sigma_max: greatest width, before the advantage changes it
-    :param alpha: how much wider it is for improbable actions
-    :param beta_pos: how much wider it is for good actions, per unit of the advantage
-    :param beta_neg: how much narrower it is for bad actions, per unit of the advantage
+    :param old_log_prob: log q, the log-probability (not density) of the action under the rollout policy
+    :param sigma: width for an action of probability 1, in units of the ratio
+    :param sigma_max: largest width, before the advantage changes it
+    :param alpha: exponent of 1 / q in the width
+    :param beta_pos: relative increase of the width per unit of the advantage, where Â > 0
+    :param beta_neg: relative decrease of the width per unit of the advantage, where Â < 0
     :return: removal
     """
     mass = (sigma * (-alpha * old_log_prob).exp()).clamp(sigma, sigma_max)

@@ -1,4 +1,4 @@
-"""Coefficients that bound the KL divergence of each state, and by it the ratio."""
+"""Coefficients that bound the KL divergence in each state, or derive the bound on the ratio from it."""
 
 import torch as th
 
@@ -23,20 +23,20 @@ def trust_region(
     delta: Positive = 0.035,
 ) -> th.Tensor:
     """
-    A sample is dropped where its state's KL divergence has reached a bound and the step goes on in that direction.
+    A sample is dropped if the KL divergence in its state has reached a bound, and its gradient would increase it further.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
     :param clip_range: not used
     :param kl: KL(π_old ‖ π_new) of each state
-    :param delta: bound, in nats
+    :param delta: bound on the KL divergence, in nats
     :return: removal
     """
     return leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
 
 
 def leaves_trust_region(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, delta: float) -> th.Tensor:
-    """Samples whose state has left the trust region, and that would lead on away from it."""
+    """Samples whose state has left the trust region, and whose gradient leads further away from it."""
     return (kl >= delta) & ((ratio - 1) * advantages > 0)
 
 
@@ -49,10 +49,10 @@ def leaves_trust_region(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, 
 )
 class Truly:
     """
-    A penalty on the analytic KL where it has reached a bound and the step goes on in that direction; w Â is kept as it is.
+    A penalty on the analytic KL divergence for the samples that ``trust_region`` drops; w Â is unchanged.
 
-    :param delta: bound, in nats
-    :param alpha: weight, per nat
+    :param delta: bound on the KL divergence, in nats
+    :param alpha: weight of the penalty, per nat
     """
 
     estimator = "analytic"
@@ -74,9 +74,9 @@ class Truly:
 @register(
     "trust_region_guided",
     "trgppo",
-    formula="1 past max(u, 1 + ε) where Â > 0, past min(l, 1 - ε) where Â < 0, l and u the least and the greatest ratio of "
-    "the action under a policy within KL delta of π_old",
-    source="TRGPPO, arXiv 1901.10314, which approximates l and u by a network or a table; here they are solved for",
+    formula="1 above max(u, 1 + ε) where Â > 0, 1 below min(l, 1 - ε) where Â < 0, else 0; l and u are the smallest and the "
+    "largest ratio of the action under a policy with KL(π_old ‖ π) <= delta",
+    source="TRGPPO, arXiv 1901.10314, which approximates l and u by a network or a table; here they are computed numerically",
     search={"delta": (0.003, 0.1)},
 )
 def trust_region_guided(
@@ -89,16 +89,16 @@ def trust_region_guided(
     delta: Positive | None = None,
 ) -> th.Tensor:
     """
-    ``step`` with a band that is wider where a small change of the policy makes a large change of the ratio.
+    ``step`` with a wider band for actions whose ratio changes much when the policy changes little.
 
-    The bounds do not depend on the updates, and are computed once per rollout (:mod:`sb3_klip.trust_region`).
+    The bounds are computed once per rollout (:mod:`sb3_klip.trust_region`).
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
-    :param clip_range: half-width ε, of the narrowest band
-    :param least_ratio: l
-    :param greatest_ratio: u
-    :param delta: bound on KL(π_old ‖ π) in nats; None for the one that gives a typical action the band of ``step``
+    :param clip_range: half-width ε of the narrowest band
+    :param least_ratio: l, the smallest ratio of the action within the trust region
+    :param greatest_ratio: u, the largest one
+    :param delta: bound on KL(π_old ‖ π) in nats; None for the value that gives a typical action the band of ``step``
         (:func:`sb3_klip.trust_region.default_delta`)
     :return: removal
     """

@@ -11,12 +11,12 @@ from pathlib import Path
 
 EPILOG = """\
 examples:
-  python -m sb3_klip.experiments run --suite smoke                          # is everything in place? two minutes
+  python -m sb3_klip.experiments run --suite smoke                          # tests the installation, two minutes
   python -m sb3_klip.experiments run --suite paper --tasks Hopper-v4 --seeds 0 1
   python -m sb3_klip.experiments run --suite paper --scheduler tcp://node1:8786
   python -m sb3_klip.experiments report logs/experiments/paper
 
-A run that was interrupted goes on where it was with the same command: finished cells are kept, and others are made again.
+To continue after an interruption, run the same command again. Finished cells are kept; interrupted cells start again.
 """
 
 
@@ -24,23 +24,23 @@ def parser() -> argparse.ArgumentParser:
     """Options of the command line."""
     made = argparse.ArgumentParser(
         prog="python -m sb3_klip.experiments",
-        description="Experiments over tasks, methods and seeds, each cell one ordinary run of RL Zoo.",
+        description="Experiments over tasks, methods and seeds. Each cell (one task, method and seed) is one run of RL Zoo.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = made.add_subparsers(dest="command", required=True, metavar="{run,report}")
 
-    run = commands.add_parser("run", help="train what is missing", epilog=EPILOG, formatter_class=made.formatter_class)
+    run = commands.add_parser("run", help="train the missing cells", epilog=EPILOG, formatter_class=made.formatter_class)
     suites = "paper, coefficients, wide, knobs, reuse, reuse_long, smoke, or a YAML file of your own"
     run.add_argument("--suite", required=True, help=suites)
-    run.add_argument("-f", "--folder", type=Path, help="where results go (default: logs/experiments/<suite>)")
-    run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="only these (default: all of the suite)")
-    run.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these (default: all of the suite)")
-    run.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these instead of the suite's")
-    run.add_argument("--workers", type=int, metavar="N", help="cells at the same time on this machine (default: its cores)")
+    run.add_argument("-f", "--folder", type=Path, help="folder for the results (default: logs/experiments/<suite>)")
+    run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="only these tasks (default: all of the suite)")
+    run.add_argument("--methods", nargs="+", default=[], metavar="METHOD", help="only these methods (default: all)")
+    run.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds (default: those of the suite)")
+    run.add_argument("--workers", type=int, metavar="N", help="cells in parallel on this machine (default: number of cores)")
     run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="use the workers of this Dask scheduler instead")
 
-    report = commands.add_parser("report", help="make tables and figures of what is finished")
+    report = commands.add_parser("report", help="make tables and figures from the finished cells")
     report.add_argument("folder", type=Path, help="folder of a suite; report.md and figures/ are written there")
     return made
 

@@ -1,4 +1,4 @@
-"""One cell of a suite: a single training by RL Zoo, in a folder of its own, from its command to its result."""
+"""One cell of a suite: a single training by RL Zoo, in its own folder, from its command to its result."""
 
 import contextlib
 import importlib.metadata
@@ -41,8 +41,8 @@ class Cell:
     :param algo: RL Zoo's name of the algorithm
     :param conf: module or file of the hyperparameters, as for ``rl_zoo3.train --conf-file``
     :param timesteps: length of the training
-    :param override: whether ``timesteps`` is not that of the hyperparameters
-    :param hyperparams: the method's own hyperparameters, laid over those
+    :param override: whether ``timesteps`` overrides that of the hyperparameters
+    :param hyperparams: the method's own hyperparameters, which override those of ``conf``
     """
 
     task: str
@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Where the cell stands below ``runs`` and ``results``."""
+        """Path of the cell below ``runs`` and ``results``."""
         return f"{self.task.replace('/', '-')}/{self.method}/seed-{self.seed}"
 
     def result(self, folder: Path) -> Path:

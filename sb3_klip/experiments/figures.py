@@ -1,4 +1,4 @@
-"""The figures of a report: learning curves, what was clipped, β, sweeps and performance profiles."""
+"""The figures of a report: learning curves, share of clipped samples, β, sweeps and performance profiles."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""A suite's folder: whose results it holds, and whether there is room for more."""
+"""The folder of a suite: which suite it belongs to, and whether there is enough disk space."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Published numbers to compare with, of the paper where no other is named (R. Colletti and R. Holzinger, arXiv 2606.23932)."""
+"""Published numbers for comparison: from R. Colletti and R. Holzinger, arXiv 2606.23932, unless another source is named."""
 
 #: Mean and standard deviation over five seeds of the return in the last 10 % of training, by task and method.
 #: PPO's own are those of ``step``.

@@ -1,5 +1,5 @@
 """
-What remains of a cell: one CSV file of about a hundred rows, whose first line says in JSON how it was made.
+The result of a cell: one CSV file of about a hundred rows. Its first line is JSON and says how the result was made.
 
 It is written when the cell has ended, and in one step: a cell is finished if and only if this file exists.
 """
@@ -30,11 +30,11 @@ LOGGED = (
 
 class Result(NamedTuple):
     """
-    A finished cell.
+    The result of a finished cell.
 
-    :param about: how it was made, and its numbers
+    :param about: how it was made (command, versions, commit, processor), and its numbers
     :param curve: one row for each of ``POINTS`` parts of training: ``timesteps`` at its end, number of ``episodes`` that ended
-        in it, their mean ``return``, and the means of what was logged
+        in this part, their mean ``return``, and the means of the logged values
     """
 
     about: dict[str, Any]
@@ -107,9 +107,10 @@ def write_result(path: Path, result: Result) -> None:
 
 def read_result(path: Path) -> Result:
     """
-    Read a cell's file.
+    Read the result of a cell.
 
-    :raises ValueError: if it is not one
+    :param path: its CSV file
+    :raises ValueError: if the file is not the result of a cell
     """
     try:
         first, _, rest = path.read_text().partition("\n")

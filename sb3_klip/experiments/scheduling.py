@@ -1,4 +1,4 @@
-"""Dask hands the cells to workers: of this machine, or of any cluster that Dask knows how to start."""
+"""Dask distributes the cells over workers, on this machine or on a cluster."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What a few seeds can say: intervals of differences of means, scores over tasks (rliable), and samples to reach a return."""
+"""Statistics for few seeds: intervals of differences of means, scores over tasks (rliable), and samples to reach a return."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

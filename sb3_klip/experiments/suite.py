@@ -1,4 +1,4 @@
-"""Suites: which tasks, methods and seeds, and whether all of them can be run."""
+"""Suites: reading and checking their tasks, methods and seeds."""
 
 import importlib
 import importlib.resources
@@ -38,11 +38,11 @@ CONF = "hyperparams.yml"
 
 class Suite(NamedTuple):
     """
-    What is to be run.
+    A suite of experiments.
 
-    :param name: the file's name, without its suffix
-    :param cells: every task, method and seed; seeds change slowest, so that whole tables come early
-    :param definition: what a cell's numbers depend on, by the cell's task and method
+    :param name: name of the file, without its suffix
+    :param cells: one cell for each task, method and seed; seeds change slowest, so that complete tables are available early
+    :param definition: hyperparameters that determine the numbers of a cell, by task and method
     :param conf: content of the suite's own file of hyperparameters, if it has one
     """
 
@@ -59,10 +59,10 @@ def included() -> list[str]:
 
 def read_suite(name: str) -> Suite:
     """
-    Read a suite and check all of it.
+    Read a suite and check it completely.
 
     :param name: one of :func:`included`, or a YAML file
-    :raises ValueError: with a line for each mistake
+    :raises ValueError: if there are mistakes, with one line for each
     """
     if name in included():
         text = importlib.resources.files(__package__).joinpath(f"suites/{name}.yml").read_text(encoding="utf-8")
@@ -202,9 +202,10 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
         return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
     if "=" in method and not _is_positive(method.partition("=")[2]):
-        return [f"method {method!r}: after '=' stands the value of a knob, so it must be a number above 0"]
+        return [f"method {method!r}: the text after '=' is the value of a parameter, so it must be a number above 0"]
     if "@" in method and not _is_rate(method.partition("@")[2], settings.get("learning_rate")):
-        return [f"method {method!r}: after '@' stands its learning_rate, which is {settings.get('learning_rate')!r}"]
+        rate = settings.get("learning_rate")
+        return [f"method {method!r}: the number after '@' must equal its learning_rate, which is {rate!r}"]
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]

@@ -1,4 +1,4 @@
-"""``rl_zoo3.train`` for as long as the worker that started it is there."""
+"""``rl_zoo3.train`` in a process that ends when its worker ends."""
 
 import os
 import runpy

@@ -190,8 +190,8 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
             return lambda rows: run(rows, coefficient)
         graphs.given_up = "a graph did not give the bits of the eager update"
         warnings.warn(
-            f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is left from now on, at "
-            f"{model.num_timesteps} steps. The training is as it would have been without it.",
+            f"The fast path of {type(model).__name__} does not give the bits of the eager one, so it is not used from now on, "
+            f"at {model.num_timesteps} steps. The result of the training does not change.",
             stacklevel=6,
         )
         return None

@@ -1,7 +1,7 @@
 """
-In a clone, the hyperparameters are those of the folder ``hyperparams`` at its top level; a wheel has that folder here.
+The hyperparameters: in a clone, those of the folder ``hyperparams`` at the top level; a wheel has that folder here.
 
-A clone is found before an installed package by ``python -m``, run in the clone, and would have none otherwise.
+``python -m`` in a clone imports the package from the clone, not the installed one. It needs this file to find the folder.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
 """
 ``python -m sb3_klip.verify``: train PPO and KLipPPO side by side from one seed, and compare every gradient, bit for bit.
 
-Each of the two trains in a process of its own, with the environment, the wrappers and the hyperparameters that RL Zoo would
-give it, and sends the gradients of each update to this process, which compares them as they come.
+Each algorithm trains in its own process, with the same environment, wrappers and hyperparameters as in RL Zoo. Both send the
+gradients of each update to the main process, which compares them.
 """
 
 import argparse
@@ -33,8 +33,8 @@ examples:
   python -m sb3_klip.verify --env Hopper-v4
   python -m sb3_klip.verify --env MyEnv-v0 --gym-packages my_package --hyperparams default -n 50000
   python -m sb3_klip.verify --env Hopper-v4 -params batch_size:60 n_epochs:3
-  python -m sb3_klip.verify --env Hopper-v4 --estimator analytic     # where the identity ends, and why
-  python -m sb3_klip.verify --env Hopper-v4 --beta linear_ramp       # not PPO, and found to be so
+  python -m sb3_klip.verify --env Hopper-v4 --estimator analytic     # shows why the identity needs the sampled KL
+  python -m sb3_klip.verify --env Hopper-v4 --beta linear_ramp       # is not PPO, so it reports a difference
 
 exit status: 0 identical, 1 different, 2 could not be compared, 130 interrupted
 """
@@ -50,33 +50,34 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--env", required=True, help="id of a registered environment")
-    made.add_argument("--algo", choices=PAIRS, default="ppo", help="PPO, sb3-contrib's RecurrentPPO or its MaskablePPO")
+    algorithms = "PPO, or sb3-contrib's RecurrentPPO (lstm) or MaskablePPO (mask) (default: %(default)s)"
+    made.add_argument("--algo", choices=PAIRS, default="ppo", help=algorithms)
     made.add_argument("-n", "--n-timesteps", type=int, default=20_000, help="steps of each training (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0, help="random seed of both (default: %(default)s)")
     made.add_argument(
         "--hyperparams",
         choices=HYPERPARAMS,
         default="zoo",
-        help="RL Zoo's tuned ones, the paper's protocol, or SB3's defaults (default: %(default)s)",
+        help="RL Zoo's tuned hyperparameters, the paper's protocol, or SB3's defaults (default: %(default)s)",
     )
     made.add_argument(
-        *("-params", "--params"), nargs="+", action=StoreDict, default={}, help="override hyperparameters, as in RL Zoo"
+        *("-params", "--params"), nargs="+", action=StoreDict, default={}, help="hyperparameters to override, as in RL Zoo"
     )
-    made.add_argument("--env-kwargs", nargs="+", action=StoreDict, default={}, help="arguments of the environment, likewise")
-    made.add_argument("--gym-packages", nargs="+", default=[], help="modules to import, which register environments")
+    made.add_argument("--env-kwargs", nargs="+", action=StoreDict, default={}, help="arguments of the environment")
+    made.add_argument("--gym-packages", nargs="+", default=[], help="modules that register environments")
     made.add_argument("--beta", default="step", help="coefficient of KLipPPO (default: step, which is PPO-Clip)")
     made.add_argument(
         "--estimator",
         choices=("sampled", "analytic"),
         default="sampled",
-        help="KL estimate that the coefficient is put on; with the analytic one there is no identity (default: %(default)s)",
+        help="KL estimate that is penalised; with the analytic one, there is no identity (default: %(default)s)",
     )
     made.add_argument("--num-threads", type=int, default=1, help="threads of torch in each training (default: %(default)s)")
     made.add_argument(
         *("-o", "--output"),
         type=Path,
         default=Path("difference.pt"),
-        help="where a first difference goes (default: %(default)s)",
+        help="file for the first difference, if there is one (default: %(default)s)",
     )
     return made
 

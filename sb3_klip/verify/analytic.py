@@ -1,4 +1,4 @@
-"""Where the identity ends: the analytic KL divergence in place of the sampled one, and what it leaves of the gradient."""
+"""The analytic KL divergence instead of the sampled one: how much of the gradient remains with the best coefficient."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Two trainings, bit for bit: how far tensors, gradients and states are apart."""
+"""Comparing two trainings bit for bit: differences of tensors, gradients and states."""
 
 import functools
 from collections.abc import Mapping, Sequence

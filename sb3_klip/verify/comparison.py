@@ -1,4 +1,4 @@
-"""The two trainings compared as they come: every gradient, every parameter, and the verdict."""
+"""The comparison of the two trainings: every gradient, every parameter, and the verdict."""
 
 import argparse
 from typing import Any, NamedTuple
@@ -58,8 +58,8 @@ class Comparison:
                     return Verdict(
                         None,
                         f"The rollout of update {self.updates} differs, although the policies were equal to the last bit: "
-                        f"{self.options.env} does not repeat its episodes for the same seed, so nothing can be compared on "
-                        "it.",
+                        f"{self.options.env} does not repeat its episodes with the same seed, so it cannot be used for this "
+                        "comparison.",
                     )
                 continue
             if kind == "gradient":
@@ -93,9 +93,7 @@ class Comparison:
         if self.minibatches == 0:
             return Verdict(None, f"No update was made in {self.options.n_timesteps} steps; ask for more with -n.")
         if sum(self.kill) == 0:
-            return Verdict(
-                None, "Equal so far, but no sample has been clipped, so nothing has been tried; train for longer with -n."
-            )
+            return Verdict(None, "Equal so far, but no sample was clipped, so this shows nothing; train for longer with -n.")
         if all(kill + passed > 1 - 1e-9 for kill, passed in zip(self.kill, self.passed, strict=True)):
             reason = f"the clip range was 0 or less, as schedules run out before the first rollout of {self.steps} steps ends"
             return Verdict(None, f"Equal so far, but {reason}; train for longer with -n.")
@@ -150,16 +148,16 @@ class Comparison:
         """What the analytic divergence leaves of the gradient, in words."""
         shares = np.concatenate([np.zeros(0), *self.residual])
         if len(shares) == 0:
-            return "No sample was clipped in this update, so there is nothing to show; try another seed or more epochs."
+            return "No sample was clipped in this update, so there is nothing to compare; try another seed or more epochs."
         low, middle = shares.min(), np.median(shares)
         text = (
-            "Of each sample, the clip takes away a multiple of the gradient of log pi(a|s), which depends on the action. The "
-            "gradient of the analytic KL divergence does not, and points elsewhere. "
-            f"On the {len(shares)} clipped samples of this update, the "
-            f"best coefficient for each one leaves {middle:.1%} of what it should remove (median; at least {low:.1%})."
+            "For each sample, the clip removes a multiple of the gradient of log pi(a|s), which depends on the action. The "
+            "gradient of the analytic KL divergence does not depend on the action, and has another direction. "
+            f"On the {len(shares)} clipped samples of this update, with the best coefficient for each sample, {middle:.1%} of "
+            f"the gradient that should be removed remains (median; at least {low:.1%})."
         )
         if middle < 1e-6:
-            text += " Here that is nothing: a distribution of a single parameter has gradients in one direction only."
+            text += " Here nothing remains: a distribution with a single parameter has gradients in one direction only."
         return text
 
 

@@ -1,4 +1,4 @@
-"""The two trainings, each in a process of its own, with what RL Zoo would give it, and what they tell of each update."""
+"""The two trainings, each in its own process and set up as by RL Zoo, and the messages that they send for each update."""
 
 import argparse
 import contextlib

@@ -13,7 +13,7 @@ COMMANDS = (*SCRIPTS, "versions")
 
 def main() -> None:
     """
-    Run a script of RL Zoo with our algorithms registered, or show what a report of a bug should say of versions and machine.
+    Run a script of RL Zoo with our algorithms registered, or print the versions and the machine for a bug report.
 
     :raises SystemExit: if the script is unknown
     """
@@ -21,8 +21,8 @@ def main() -> None:
         given = sys.argv[1] if len(sys.argv) > 1 else ""
         usage = f"usage: python -m sb3_klip.zoo {{{','.join(COMMANDS)}}} ...\n"
         if given in ("-h", "--help"):
-            print(f"{usage}\nRuns a script of RL Zoo that knows this package's algorithms; the rest is for the script.")
-            print("`versions` shows the versions and the machine, for a report of a bug.")
+            print(f"{usage}\nRuns a script of RL Zoo with this package's algorithms. Further arguments go to the script.")
+            print("`versions` prints the versions and the machine, for a bug report.")
             return
         sys.exit(f"{usage}unknown script {given!r}.{did_you_mean(given, COMMANDS)}" if given else usage)
     script = sys.argv.pop(1)

@@ -28,10 +28,10 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
     """
     The hyperparameters of the run to resume, if the user asks to resume one.
 
-    :param manager: RL Zoo's manager; its seed, number of steps and environment arguments become those of the run
-    :param hyperparams: as RL Zoo has read them, with the command line's; ``resume`` is taken out
-    :return: those of the run that was interrupted
-    :raises ValueError: if there is no checkpoint to resume from, or other hyperparameters are given
+    :param manager: RL Zoo's manager; its seed, number of steps and environment arguments are set to those of the run
+    :param hyperparams: hyperparameters that RL Zoo has read, also from the command line; ``resume`` is removed
+    :return: the hyperparameters of the interrupted run; None if no run is to be resumed
+    :raises ValueError: if there is no checkpoint to resume from, or if other hyperparameters are given
     """
     manager.resume = resume = hyperparams.pop(RESUME, False)  # type: ignore[attr-defined]
     if not resume:
@@ -61,7 +61,7 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
 
 def keep_statistics(manager: ExperimentManager, *hyperparams: dict[str, Any]) -> None:
     """
-    Where an agent has statistics, its further training has them too, and saves them, as its ``config.yml`` says.
+    If an agent has ``VecNormalize`` statistics, normalize in its further training, too, and save the statistics.
 
     :param manager: RL Zoo's manager
     :param hyperparams: the hyperparameters, in which ``normalize`` is set
@@ -73,10 +73,10 @@ def keep_statistics(manager: ExperimentManager, *hyperparams: dict[str, Any]) ->
 
 def make_checkpoints_resumable(manager: ExperimentManager, first: int) -> None:
     """
-    Put callbacks whose checkpoints can be resumed from in place of the zoo's.
+    Replace RL Zoo's checkpoint callbacks by resumable ones.
 
-    :param manager: RL Zoo's manager, which has just made its callbacks
-    :param first: position of the first of them; those before are the user's
+    :param manager: RL Zoo's manager, which has just created its callbacks
+    :param first: position of its first callback; the callbacks before it are the user's
     """
     for position, callback in enumerate(manager.callbacks):
         if position >= first and type(callback) is CheckpointCallback:
@@ -91,12 +91,12 @@ def make_checkpoints_resumable(manager: ExperimentManager, first: int) -> None:
 
 def with_statistics_of_agent(manager: ExperimentManager, env: VecEnv, eval_env: bool) -> VecEnv | None:
     """
-    Environments with the statistics of the agent that is trained further.
+    Environments with the ``VecNormalize`` statistics of the agent that is trained further.
 
     :param manager: RL Zoo's manager
     :param env: the environments
     :param eval_env: whether they are for evaluation
-    :return: the environments; None if the agent has no statistics, or none is trained further
+    :return: the environments; None if no agent is trained further, or if it has no statistics
     """
     file = statistics_file(Path(manager.trained_agent)) if manager.continue_training else None
     if file is None:
@@ -130,7 +130,7 @@ def resume(manager: ExperimentManager, env: VecEnv) -> BaseAlgorithm:
 
 def report(manager: ExperimentManager, model: BaseAlgorithm) -> None:
     """
-    Show what an agent can do before it is trained further.
+    Evaluate an agent before it is trained further, and print its return.
 
     :param manager: RL Zoo's manager
     :param model: the agent
@@ -144,14 +144,14 @@ def report(manager: ExperimentManager, model: BaseAlgorithm) -> None:
 
 def may_take_over(folder: str, algo: str, env_name: Any) -> bool:
     """
-    Whether an agent of the base algorithm may be played where one of ours was not found.
+    Whether an agent of the base algorithm may be played if none of ours was found.
 
-    Not where there are some of ours, as it was one of them that could not be found; nor by the script that uploads an agent,
-    which should not go under another algorithm's name.
+    It may not if there are agents of ours for this environment, as then one of these was asked for. Nor may the script that
+    uploads an agent use it, as the agent would be uploaded under the name of another algorithm.
 
-    :param folder: of the agents
+    :param folder: folder of the agents
     :param algo: our algorithm
-    :param env_name: of the environment
+    :param env_name: name of the environment
     """
     script = getattr(sys.modules["__main__"], "__spec__", None)
     is_upload = script is not None and script.name == "rl_zoo3.push_to_hub"
@@ -160,13 +160,13 @@ def may_take_over(folder: str, algo: str, env_name: Any) -> bool:
 
 def missing_agent(folder: str, algo: str, base: str, env_name: Any, error: Exception) -> Exception:
     """
-    What to raise where there is neither an agent of ours nor one of the base algorithm.
+    The exception to raise if there is neither an agent of ours nor one of the base algorithm.
 
-    :param folder: of the agents
+    :param folder: folder of the agents
     :param algo: our algorithm
     :param base: the base algorithm
-    :param env_name: of the environment
-    :param error: what the zoo has raised
+    :param env_name: name of the environment
+    :param error: exception that RL Zoo has raised
     """
     agents = sorted(str(path.relative_to(folder)) for name in (algo, base) for path in Path(folder).glob(f"{name}/*_*"))
     if not agents:

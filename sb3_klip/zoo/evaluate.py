@@ -1,4 +1,4 @@
-"""What RL Zoo's latest training achieved, and what to type next: ``python -m sb3_klip.zoo.evaluate --env Hopper-v4``."""
+"""Evaluate RL Zoo's latest training, and print the next commands: ``python -m sb3_klip.zoo.evaluate --env Hopper-v4``."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
     @property
     def agents(self) -> dict[str, Path]:
-        """The last agent, and the one with the best evaluation, each where it lies, if it was saved."""
+        """Paths of the last agent and of the one with the best evaluation, if they were saved."""
         files = {"last": self.path / f"{self.env}.zip", "best": self.path / "best_model.zip"}
         return {label: file for label, file in files.items() if file.is_file()}
 
@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float]:
     """
-    The return of an agent, played as ``rl_zoo3.enjoy`` plays it: with its statistics and, outside of Atari, deterministically.
+    The return of an agent, played as by ``rl_zoo3.enjoy``: with its statistics and, except on Atari, deterministically.
 
     :param run: its run
     :param agent: its checkpoint
@@ -80,11 +80,11 @@ def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float
 
 def next_commands(run: Run, best: bool) -> dict[str, str]:
     """
-    What to type to watch, film and plot an agent.
+    The commands to watch the agent, record a video and plot the run.
 
     :param run: its run
-    :param best: whether the best agent is meant, not the last
-    :return: the command for each
+    :param best: whether to use the best agent, not the last
+    :return: command by purpose
     """
     agent = f"--algo {run.algo} --env {run.env.gym_id} -f {run.folder}{' --load-best' if best else ''}"
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
@@ -111,14 +111,15 @@ def _python() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Evaluate the last and the best agent of the latest run, and print how to go on.
+    Evaluate the last and the best agent of the latest run, and print the next commands.
 
     :param argv: arguments of the command line; None for those of the process
     :return: exit status
     :raises SystemExit: if an argument is not valid; its code is 2
     """
     parser = argparse.ArgumentParser(
-        "python -m sb3_klip.zoo.evaluate", description="Evaluate the agents of RL Zoo's latest run."
+        "python -m sb3_klip.zoo.evaluate",
+        description="Evaluate the last and the best agent of RL Zoo's latest run, and print the next commands.",
     )
     parser.add_argument("--algo", default="klip_ppo", help="algorithm (default: %(default)s)")
     parser.add_argument("--env", type=EnvironmentName, required=True, help="id of the environment")
@@ -133,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "last" not in agents:
         finished = sorted({path.stem for path in args.folder.glob(f"{args.algo}/*_*/*-v*.zip")})
         parser.error(
-            f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}, but on "
-            f"{', '.join(finished) or 'nothing'}.{did_you_mean(args.env, finished)}"
+            f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}. Finished runs: "
+            f"{', '.join(finished) or 'none'}.{did_you_mean(args.env, finished)}"
         )
     print(f"Return over {EPISODES} episodes, mean +/- standard deviation:")
     returns = {label: evaluated_return(run, file, args.seed) for label, file in agents.items()}

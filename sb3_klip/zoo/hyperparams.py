@@ -1,4 +1,4 @@
-"""Hyperparameters in RL Zoo: which there are, and the zoo's own with ours laid over them."""
+"""Hyperparameters in RL Zoo: their names, and RL Zoo's own values with our overrides."""
 
 import ast
 import builtins
@@ -15,7 +15,7 @@ import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-#: Hyperparameters that RL Zoo takes for itself, and arguments of algorithms that it gives.
+#: Hyperparameters that RL Zoo uses itself, and arguments of algorithms that RL Zoo sets.
 ZOO_TAKES = (
     *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs"),
     *("callback", "noise_type", "noise_std"),
@@ -24,7 +24,7 @@ ZOO_GIVES = {"env", "seed", "verbose", "tensorboard_log", "device", "_init_setup
 
 
 def hyperparameters(algorithm: type[BaseAlgorithm]) -> set[str]:
-    """Names of the hyperparameters that an algorithm may have in RL Zoo."""
+    """Names of the hyperparameters of an algorithm in RL Zoo."""
     return {*ZOO_TAKES, *inspect.signature(algorithm).parameters} - ZOO_GIVES
 
 
@@ -37,9 +37,9 @@ def zoo_hyperparams() -> Path:
 
 def protocol(module_file: str) -> Callable[[str], Any]:
     """
-    The ``__getattr__`` of a module for ``-conf``: its ``hyperparams`` are those of the YAML file beside it.
+    The ``__getattr__`` of a module for ``-conf``, whose ``hyperparams`` are read from the YAML file beside it.
 
-    RL Zoo changes the dictionary that it is given, so each reading gets one of its own.
+    RL Zoo changes this dictionary, so each access returns a new one.
 
     :param module_file: ``__file__`` of the module
     """
@@ -55,10 +55,10 @@ def protocol(module_file: str) -> Callable[[str], Any]:
 
 def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
     """
-    The installed zoo's hyperparameters with ours laid over them, environment by environment and key by key.
+    The hyperparameters of the installed RL Zoo, overridden by ours for each environment and key.
 
-    :param base: the zoo's algorithm, whose ``<base>.yml`` is read
-    :param name: our algorithm, whose ``<name>.yml`` is laid over it
+    :param base: RL Zoo's algorithm, whose ``<base>.yml`` is read
+    :param name: our algorithm, whose ``<name>.yml`` overrides it
     :return: a new dictionary: hyperparameters by environment
     """
     hyperparams = yaml.safe_load((zoo_hyperparams() / f"{base}.yml").read_text(encoding="utf-8"))
@@ -73,16 +73,17 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
 
 def names_as_text(argument: str) -> str:
     """
-    An argument of ``-params``, of whose value RL Zoo makes Python: a coefficient whose quotes were forgotten gets them.
+    Add missing quotes to names in ``beta`` and ``beta_kwargs``, as RL Zoo evaluates the values of ``-params`` as Python.
 
-    :param argument: such as ``beta:linear_ramp``, ``beta:my_module:my_ramp`` or ``beta_kwargs:dict(estimator=k3)``
+    :param argument: argument of ``-params``, such as ``beta:linear_ramp``, ``beta:my_module:my_ramp`` or
+        ``beta_kwargs:dict(estimator=k3)``
     """
     key, _, value = argument.partition(":")
     return f"{key}:{_quoted(value)}" if key in ("beta", "beta_kwargs") else argument
 
 
 def _quoted(code: str) -> str:
-    """Python code in which names that stand for nothing are texts."""
+    """Python code in which unknown names are replaced by strings."""
     if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", code):
         return repr(code)
     try:
@@ -92,7 +93,7 @@ def _quoted(code: str) -> str:
 
 
 class _Quoting(ast.NodeTransformer):
-    """Makes texts of names, but not of those that are called, and not where code has names of its own."""
+    """Replaces names by strings, except names that are called, and names in code that defines its own."""
 
     def visit(self, node: ast.AST) -> Any:
         own = (ast.Attribute, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -108,7 +109,7 @@ class _Quoting(ast.NodeTransformer):
 
 
 def evaluate_beta_kwargs(hyperparams: dict[str, Any]) -> None:
-    """As the zoo does with policy_kwargs: "dict(width=0.1)"."""
+    """Evaluate a string such as "dict(width=0.1)", as RL Zoo does with policy_kwargs."""
     if isinstance(text := hyperparams.get("beta_kwargs"), str):
         try:
             hyperparams["beta_kwargs"] = eval(_quoted(text), {"__builtins__": {}, "dict": dict})

@@ -1,4 +1,4 @@
-"""What RL Zoo is told, and what is changed in it: it has no plugins, so its functions are wrapped."""
+"""Registration with RL Zoo. RL Zoo has no plugin interface, so some of its functions are wrapped."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ from sb3_klip.zoo.tuning import (
     sampler_with_reuse,
 )
 
-#: The algorithms that RL Zoo can train, each with the zoo's algorithm whose hyperparameters, sampler and agents it takes.
+#: The algorithms that RL Zoo can train, each with the RL Zoo algorithm whose hyperparameters, sampler and agents it uses.
 ALGORITHMS: dict[str, str] = {variant.zoo_name: variant.zoo_base for variant in VARIANTS if variant.in_zoo}
 
 
@@ -39,9 +39,9 @@ class Patch(NamedTuple):
     A function of RL Zoo that is wrapped.
 
     :param owner: class or module
-    :param name: of the function
-    :param wrapper: what takes its place; called with the original and then with the original's arguments
-    :param reason: what for
+    :param name: name of the function
+    :param wrapper: function that replaces it; called with the original, followed by the original's arguments
+    :param reason: why it is wrapped
     """
 
     owner: Any
@@ -51,7 +51,7 @@ class Patch(NamedTuple):
 
 
 def register() -> None:
-    """Make RL Zoo's scripts know our algorithms; a second call changes nothing."""
+    """Register our algorithms with RL Zoo's scripts; a second call changes nothing."""
     for variant in VARIANTS:
         if variant.in_zoo:
             ALGOS[variant.zoo_name] = variant.algorithm
@@ -113,7 +113,7 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
 
 
 def _take_trial(manager: ExperimentManager) -> None:
-    """See to what RL Zoo makes nothing of: a trial that is nowhere, and trial 0."""
+    """Handle two cases that RL Zoo ignores: a trial without a storage, and trial 0."""
     if manager.trial_id is None:
         return
     if not (manager.storage and manager.study_name):
@@ -124,7 +124,7 @@ def _take_trial(manager: ExperimentManager) -> None:
 
 
 def _searches(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
-    """Whether the tuner is to choose the coefficient; what it is to choose takes its place among the samplers."""
+    """Whether the tuner searches the coefficient; also sets the sampler for what is searched."""
     # Samplers are told nothing of the hyperparameters, so the one that searches takes the place of the other.
     sampler: Any = HYPERPARAMS_SAMPLER[ALGORITHMS[manager.algo]]
     searched = [name for name in ("beta", "reuse") if hyperparams.get(name) == SEARCH]

@@ -24,9 +24,9 @@ Converter = Callable[[dict[str, Any]], dict[str, Any]]
 
 def search_space(is_continuous: bool = False) -> dict[str, Mapping[str, tuple[float, float]]]:
     """
-    The coefficients that are tried, with the range of each parameter that is sampled, on a logarithmic scale.
+    The coefficients that are tried, with the range of each sampled parameter, on a logarithmic scale.
 
-    :param is_continuous: whether actions have densities; coefficients that mean probabilities are then left out
+    :param is_continuous: whether actions are continuous; then coefficients that need probabilities are left out
     """
     return {
         entry.name: entry.search
@@ -48,10 +48,10 @@ def declared_ranges(name: str) -> Mapping[str, tuple[float, float]] | None:
 
 def sampler_with_beta(sampler: Sampler, only: str | None = None) -> Sampler:
     """
-    Extend a sampler of RL Zoo by the coefficient and, conditional on it, its parameters.
+    Extend a sampler of RL Zoo by the coefficient and its parameters.
 
-    :param sampler: the zoo's sampler of all other hyperparameters
-    :param only: a coefficient that declares ranges, to search the parameters of this one alone
+    :param sampler: RL Zoo's sampler of all other hyperparameters
+    :param only: a coefficient that declares ranges, to search the parameters of this coefficient only
     :return: sampler that sets ``beta`` and ``beta_kwargs`` together
     """
 
@@ -71,10 +71,10 @@ def sampler_with_beta(sampler: Sampler, only: str | None = None) -> Sampler:
 
 def sampler_with_reuse(sampler: Sampler) -> Sampler:
     """
-    Extend a sampler of RL Zoo by the number of rollouts that are learned from; the zoo's converters leave it as it is.
+    Extend a sampler of RL Zoo by the number of rollouts to learn from; RL Zoo's converters leave it unchanged.
 
-    :param sampler: the zoo's sampler of all other hyperparameters
-    :return: sampler that sets ``reuse``, too
+    :param sampler: RL Zoo's sampler of all other hyperparameters
+    :return: sampler that also sets ``reuse``
     """
 
     def sample(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -85,10 +85,10 @@ def sampler_with_reuse(sampler: Sampler) -> Sampler:
 
 def converter_with_beta(converter: Converter) -> Converter:
     """
-    Extend a converter of RL Zoo, which makes hyperparameters of the parameters stored in a trial.
+    Extend a converter of RL Zoo, which converts the parameters stored in a trial to hyperparameters.
 
-    :param converter: the zoo's converter of all other hyperparameters
-    :return: converter that makes ``beta`` and ``beta_kwargs`` of what :func:`sampler_with_beta` sampled
+    :param converter: RL Zoo's converter of all other hyperparameters
+    :return: converter that also converts the parameters of :func:`sampler_with_beta` to ``beta`` and ``beta_kwargs``
     """
 
     def convert(sampled: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def converter_with_beta(converter: Converter) -> Converter:
 
 def name_best_trial(original: Callable[[ExperimentManager], None], manager: ExperimentManager) -> None:
     """
-    RL Zoo's search, which shows the best trial's hyperparameters, but not by which number to train with them.
+    RL Zoo's search, extended by the number of the best trial and the command that trains with it.
 
     :param original: the zoo's method
     :param manager: RL Zoo's manager
@@ -130,14 +130,14 @@ def load_trial(
     convert: bool = True,
 ) -> dict[str, Any]:
     """
-    RL Zoo's ``load_trial``, with a warning of a trial that did not come to its end.
+    RL Zoo's ``load_trial``, with a warning if the trial was not completed.
 
     :param original: the zoo's method
     :param manager: RL Zoo's manager
-    :param storage: where the study is
+    :param storage: storage of the study
     :param study_name: its name
     :param trial_id: number of the trial; None for the best
-    :param convert: whether to return hyperparameters, and not what was sampled
+    :param convert: whether to return hyperparameters instead of the sampled parameters
     :raises ValueError: if there is no such trial
     """
     with _studies("load_study") as studies:
@@ -155,7 +155,7 @@ def load_trial(
 
 @contextlib.contextmanager
 def _studies(function_name: str) -> Iterator[list[optuna.Study]]:
-    """The studies that a function of Optuna returns meanwhile, of which RL Zoo keeps none."""
+    """The studies that a function of Optuna returns inside the context, as RL Zoo does not keep them."""
     function, found = getattr(optuna, function_name), []
 
     def kept(*args: Any, **kwargs: Any) -> optuna.Study:
