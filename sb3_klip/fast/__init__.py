@@ -1,1 +1,1 @@
-"""The same bits in less time, a module for each mechanism; and the compiled update, whose bits differ."""
+"""Speed: one module for each mechanism. All give the same bits, except the compiled update."""

@@ -1,8 +1,9 @@
 """
-A coefficient between two graphs, for what cannot be traced: a state, Python that looks at data, numbers of a schedule.
+How a coefficient that cannot be traced is called: between two graphs.
 
-The first graph makes what the coefficient is given. The coefficient is called as in the eager update. The second graph repeats
-the forward pass, and goes on with what the coefficient returned.
+A coefficient cannot be traced if it has a state, looks at data in Python, or has parameters that follow a schedule. The first
+graph computes the coefficient's arguments. Then the coefficient is called, as in the eager update. The second graph repeats
+the forward pass and continues with the result.
 """
 
 from typing import Any
@@ -14,9 +15,9 @@ from sb3_klip.coefficients import Coefficient
 
 class Answering(Coefficient):
     """
-    Has the properties of a coefficient, keeps what it is given, and returns what it was made with.
+    A coefficient that keeps its arguments in ``given`` and returns a fixed answer.
 
-    :param coefficient: the coefficient that it stands for, which is not called
+    :param coefficient: the coefficient whose properties it has; it is not called
     :param answer: removal and weight, or removal alone, each of the shape of a minibatch
     """
 
@@ -26,7 +27,7 @@ class Answering(Coefficient):
         self.given: dict[str, th.Tensor] = {}
 
     def __call__(self, ratio: th.Tensor, advantages: th.Tensor, clip_range: Any, **quantities: Any) -> Any:
-        """What it was made with."""
+        """The fixed answer."""
         asked = {key: quantities[key].detach() for key in self.requests if key != "progress"}
         self.given = {"ratio": ratio, "advantages": advantages, **asked}
         return self.answer if self.estimator else (*self.answer, None)
@@ -34,7 +35,7 @@ class Answering(Coefficient):
 
 def example_answer(coefficient: Coefficient, like: th.Tensor) -> tuple[th.Tensor, ...]:
     """
-    What a coefficient might return: it removes samples, leaves them alone, and pushes them back.
+    An example of what a coefficient returns, with a removal of 0, 0.5, 1 and 1.5.
 
     :param coefficient: the coefficient
     :param like: any tensor like the ratio of a minibatch

@@ -1,4 +1,4 @@
-"""The update compiled by ``torch.compile``: twice as fast as PPO's, equal up to rounding, and no longer bit for bit."""
+"""The loss compiled by ``torch.compile``, where the whole step cannot be: equal to the eager loss up to rounding."""
 
 import inspect
 import weakref

@@ -1,15 +1,15 @@
 """
-The loss of a minibatch and its gradient as one traced graph: half the time of a small network's update, at the same bits.
+The loss of a minibatch and its gradient as one traced graph: a third of the eager time for a small network, at the same bits.
 
 Eager PyTorch spends three quarters of a small minibatch in Python, in the dispatcher and in autograd's bookkeeping. The graph
 holds the very operators that eager PyTorch calls for ``_loss`` of the model and its backward pass, and TorchScript runs them
 without Python and without changing any (:func:`~sb3_klip.fast.script.unoptimized_script`), so that no bit changes.
 
-A graph knows only what went into it: numbers are baked in, and Python that looks at data is not there any more. So it is for
-models of which all parts are known (:func:`reason_against`). Numbers that schedules change go in as tensors, and a coefficient
-that may change is called between two graphs (:mod:`sb3_klip.fast.asking`). The first minibatch of every update is computed in
-both ways and compared, before any step is taken, with ratios on all sides of the bounds. Where anything else is the case, the
-eager loss is used.
+A graph has fixed numbers and no Python: it cannot look at data. So only models whose parts are all known use graphs
+(:func:`reason_against`). Numbers that follow a schedule are inputs of the graph, and a coefficient that may change is called
+between two graphs (:mod:`sb3_klip.fast.asking`). At the first minibatch of every update, before any step, the results of the
+graph and of the eager loss are compared, with ratios inside and outside the clip range. If a bit differs, the model uses the
+eager loss from then on.
 
 ``torch.jit.trace`` is deprecated. What makes a graph is :func:`_traced`, and nothing else knows how.
 """

@@ -1,4 +1,4 @@
-"""Who might notice that modules are not called, or that other operations are done: there, nothing is done in another way."""
+"""What would notice that a module is not called or that an operation is another one: hooks, profilers, modes of torch."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adam's step on all parameters as one tensor: a fifth of the time of a small network's update, at the same bits."""
+"""Adam's step on all parameters as one tensor, at the same bits: fewer calls, which take most of a small network's time."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 #: Takes the loss, or the gradients of all parameters.
 Step = Callable[[Any], th.Tensor]
 
-#: Above this many numbers, arithmetic takes the time, and not the calls: fewer of them would only cost memory.
+#: With more parameters than this, arithmetic takes most of the time, and not calls: one tensor would only take more memory.
 _LARGE = 500_000
 
 

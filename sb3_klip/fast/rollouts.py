@@ -1,7 +1,7 @@
 """
-Rollouts in fewer calls: SB3's own loop, in which three methods have quicker stand-ins, at the same bits.
+Rollouts in fewer calls: SB3's own loop runs, with faster replacements for three methods, at the same bits.
 
-On Hopper-v4 a step of PPO's rollout takes 490 µs, of which 110 are the environment's; with the stand-ins it takes 260.
+On Hopper-v4, one step of PPO's rollout takes 480 µs, of which the environment takes 140. With the replacements, it takes 300.
 """
 
 import copy

@@ -11,8 +11,8 @@ def unoptimized_script() -> Iterator[None]:
     """
     Let TorchScript run operators as they are, in this thread, until this ends.
 
-    It would take ``addmm`` apart into a product and a sum, which rounds otherwise where a product is added up in blocks: for
-    layers of more than 128 inputs, say.
+    Its optimizations split ``addmm`` into a product and a sum. That rounds differently where a product is summed in blocks,
+    for example in layers with more than 128 inputs.
     """
     before = th._C._get_graph_executor_optimize()
     th._C._set_graph_executor_optimize(False)

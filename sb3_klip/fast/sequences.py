@@ -1,9 +1,9 @@
 """
-The LSTM over the sequences of a minibatch in fewer calls: sb3-contrib's loop takes a thirtieth longer.
+The LSTM over the sequences of a minibatch, in fewer calls and at the same bits.
 
-Where an episode starts in a minibatch, ``RecurrentPPO`` calls the LSTM once for each time step, and multiplies its states by 0
-where an episode starts and by 1 elsewhere. At the time steps at which no episode starts, the products are left out here: they
-and their gradients have the bits of what was multiplied.
+If an episode starts anywhere in a minibatch, ``RecurrentPPO`` calls the LSTM once for each time step. Before each call, it
+multiplies the LSTM's states by 0 in sequences where an episode starts, and by 1 in the others. At time steps where no episode
+starts, all factors are 1, and the products are left out here. This changes no bit, neither of the states nor of gradients.
 """
 
 from collections.abc import Iterator

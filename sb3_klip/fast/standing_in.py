@@ -1,4 +1,4 @@
-"""Quicker functions in the place of methods of single objects, for as long as a rollout lasts."""
+"""Faster replacements for methods of single objects, during a rollout or an update."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 class StandIn:
     """
-    A function of the same result as a method, called in its place.
+    A function that is called in place of a method, and has the same result.
 
-    Copies and pickles that somebody makes of the owner meanwhile have the method itself.
+    If the owner is copied or pickled meanwhile, the copy has the method itself.
 
-    :param owner: the object whose method it stands in for
+    :param owner: the object whose method it replaces
     """
 
     #: Name of the method.

@@ -1,4 +1,4 @@
-"""torch's distributions without their checks, for code that is traced or compiled, which cannot look at data."""
+"""torch's distributions without their checks of data, which cannot be traced or compiled."""
 
 import threading
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """
-``compile=True``: a minibatch from its samples to Adam's step as one compiled graph: six times PPO's speed for a small network.
+``compile=True``: one compiled graph computes a minibatch, from its samples to Adam's step, with another rounding than eager.
 
-Numbers round differently than in the eager update. It is for what is also traced (:func:`sb3_klip.fast.graph.reason_against`);
-for the rest, the loss alone is compiled (:mod:`sb3_klip.fast.compiling`).
+It needs what tracing needs (:func:`sb3_klip.fast.graph.reason_against`) and plain Adam (:func:`can_be_one_step`). Otherwise,
+the loss alone is compiled (:mod:`sb3_klip.fast.compiling`).
 """
 
 import weakref
