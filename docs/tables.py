@@ -1,13 +1,15 @@
 """
-Write into the pages what the code knows: the tables of coefficients, algorithms and modules. ``make tables`` runs this.
+Write into the pages what the code knows: the tables of coefficients, algorithms, modules, timings. ``make tables`` runs this.
 
 A table stands in a page between the lines ``<!-- table: NAME -->`` and ``<!-- end -->``, NAME being one of :data:`TABLES`.
 """
 
 import ast
 import inspect
+import json
 import math
 import re
+import runpy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -96,7 +98,35 @@ def modules() -> str:
     return "\n".join(_listing(ROOT / "sb3_klip", "")).replace("``", "`")
 
 
-TABLES = {each.__name__: each for each in (coefficients, families, references, quantities, constants, variants, modules)}
+def speed() -> str:
+    """What was measured last, of PPO's time over ours."""
+    return _timed("speed")
+
+
+def memory() -> str:
+    """Peak memory over PPO's."""
+    return _timed("memory")
+
+
+def sizes() -> str:
+    """The speed of updates by size."""
+    return _timed("sizes")
+
+
+def times() -> str:
+    """The speed of updates by coefficient."""
+    return _timed("coefficients")
+
+
+def _timed(name: str) -> str:
+    found = json.loads((ROOT / "timings/overview.json").read_text())["results"]
+    return _table(*runpy.run_path(str(ROOT / "timings/overview.py"))["tables"](found)[name])
+
+
+TABLES = {
+    each.__name__: each
+    for each in (coefficients, families, references, quantities, constants, variants, modules, speed, memory, sizes, times)
+}
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

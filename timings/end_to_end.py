@@ -12,7 +12,7 @@ The setting is the paper's, which is also SB3's default: 2048 steps, minibatches
 
 import importlib
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -64,7 +64,8 @@ def worker(name: str, run: Run, steps: int, threads: int, started: float) -> Non
     before, start = model.num_timesteps, time.perf_counter()
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB on Linux
+    # Not getrusage: there, Linux counts the memory of the process that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
     print(json.dumps({"seconds": seconds / (model.num_timesteps - before), "peak": peak / 1024}))
 
 

@@ -9,38 +9,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-import end_to_end
-import matplotlib.pyplot as plt
-import torch as th
-import train
-from common import parser, table, write
-
 FOLDER = Path(__file__).parent
-#: The number of environments of the figure, and of what it is drawn.
-ENVIRONMENTS = (1, 8, 16)
-RUNS = [
-    *(end_to_end.Run(n_envs=n_envs) for n_envs in ENVIRONMENTS),
-    end_to_end.Run("HalfCheetah-v4", normalize=True),
-    end_to_end.Run("CartPole-v1", 8),
-]
 
 
 def measure(repeats: int, threads: int, sbx_python: Path | None) -> dict[str, Any]:
     """Time everything in turn."""
+    import end_to_end
+    import torch as th
+    import train
+
     th.set_num_threads(threads)
+    runs = [
+        *(end_to_end.Run(n_envs=n_envs) for n_envs in (1, 8, 16)),  # of the figure
+        end_to_end.Run("HalfCheetah-v4", normalize=True),
+        end_to_end.Run("CartPole-v1", 8),
+    ]
     compiled = {"KLipPPO": {}, "KLipPPO, compiled": {"compile": True}}
     return {
         "updates": [train.compare(setting, compiled, repeats) for setting in train.USUAL],
         "others": [train.compare(setting, {"KLipPPO": {}}, repeats) for setting in train.OTHERS],
         "coefficients": train.compare(train.Setting(), train.coefficients(), 3),
         "grid": [train.compare(setting, {"KLipPPO": {}}, 3) for setting in train.GRID],
-        "runs": [end_to_end.compare(run, 20_480, 3, threads, sbx_python) for run in RUNS],
+        "runs": [end_to_end.compare(run, 20_480, 3, threads, sbx_python) for run in runs],
         "start": end_to_end.compare(end_to_end.Run(), 0, 3, threads, sbx_python),
     }
 
 
-def tell(found: dict[str, Any]) -> None:
-    """Print the tables."""
+def tables(found: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Header and rows of each table, by name."""
 
     def ratio(result: dict[str, Any], name: str) -> str:
         middle, low, high = result["ratios"].get(name, (None,) * 3)
@@ -50,20 +46,23 @@ def tell(found: dict[str, Any]) -> None:
         return (f"{start}{result['setting']}", *(ratio(result, name) for name in names))
 
     names = ("KLipPPO", "KLipPPO, compiled", "SBX PPO")
-    rows = [row("`train()`: ", result) for result in (*found["updates"], *found["others"])]
-    rows += [row("whole trainings: ", result) for result in found["runs"]]
-    rows += [row("first 20 000 steps, imports included: ", found["start"])]
-    table("PPO's time over that of the others", ("", *names), rows)
-
-    coefficients = sorted(found["coefficients"]["ratios"].items(), key=lambda item: item[1])[:-1]
-    table("`train()`, by coefficient", ("", "PPO's time over it"), [(name, f"{r[0]:.2f}") for name, r in coefficients])
-    table("`train()`, by size", ("", "PPO's time over it"), [(r["setting"], ratio(r, "KLipPPO")) for r in found["grid"]])
+    speed = [row("`train()`: ", result) for result in (*found["updates"], *found["others"])]
+    speed += [row("training: ", result) for result in found["runs"]]
+    speed += [row("first 20 000 steps, imports included: ", found["start"])]
+    by_coefficient = sorted(found["coefficients"]["ratios"].items(), key=lambda item: item[1], reverse=True)
     memory = [(r["setting"], *(f"{r['peak'][n] / r['peak']['PPO']:.2f}" for n in names[:2])) for r in found["runs"]]
-    table("peak memory over PPO's", ("", *names[:2]), memory)
+    return {
+        "speed": (("", *names), speed),
+        "coefficients": (("`beta`", "speed"), [(f"`{name}`", f"{r[0]:.2f}") for name, r in by_coefficient if name != "PPO"]),
+        "sizes": (("`train()`", "speed"), [(r["setting"], ratio(r, "KLipPPO")) for r in found["grid"]]),
+        "memory": (("", *names[:2]), memory),
+    }
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Frames per second over the number of environments."""
+    import matplotlib.pyplot as plt
+
     runs = [result for result in found["runs"] if result["run"]["env"] == "Hopper-v4"]
     names = list(runs[0]["seconds"])
     plt.rcParams["svg.hashsalt"] = "sb3-klip"
@@ -82,6 +81,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, unless that is done, and show."""
+    from common import parser, table, write
+
     options = parser(__doc__, repeats=5)
     options.set_defaults(json=FOLDER / "overview.json")
     options.add_argument("--figure", type=Path, default=FOLDER.parent / "docs/figures/fps.svg")
@@ -91,7 +92,8 @@ def main() -> None:
     if not args.redraw:
         write(args.json, measure(args.repeats, args.threads, args.sbx_python))
     found = json.loads(args.json.read_text())["results"]
-    tell(found)
+    for name, (header, rows) in tables(found).items():
+        table(name, header, rows)
     draw(found, args.figure)
 
 
