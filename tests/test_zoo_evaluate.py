@@ -42,6 +42,7 @@ def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, cap
     assert [purpose for purpose, _ in commands] == ["watch", "film", "plot"]
     for _, command in commands[:2]:
         assert ("--load-best" in command) == (means["best"] >= means["last"])
+    assert commands[2][1].endswith(f" -o {path.parent}")  # not into the working directory
 
 
 def test_without_an_evaluation_there_is_no_best_agent(logs, monkeypatch, capsys):
@@ -59,7 +60,8 @@ def test_the_commands_run_as_they_are_printed(logs):
     for purpose, more in (("watch", ["--no-render"]), ("film", ["-n", "20"]), ("plot", [])):
         python(*shlex.split(commands[purpose])[1:], *more, cwd=logs)
     assert list(logs.glob("logs/klip_ppo/CartPole-v1_1/videos/*.mp4"))
-    assert (logs / "distribution.svg").exists()
+    assert (logs / "logs/klip_ppo/CartPole-v1_1/distribution.svg").exists()
+    assert {path.name for path in logs.iterdir()} == {"logs"}  # which git ignores
 
 
 def test_what_needs_mujoco_is_drawn_without_a_display(tmp_path, monkeypatch):
