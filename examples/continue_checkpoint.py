@@ -4,7 +4,7 @@ Train an agent of RL Zoo further, with another coefficient and under the next ve
 The first argument is a zip file that RL Zoo has saved, such as one of rl-trained-agents, with its statistics beside it.
 Without it, a small one is trained with PPO first. On the command line:
 
-    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v5 -i agent.zip -params beta:"'soft_min'"
+    python -m rl_zoo3.train --algo klip_ppo --env Hopper-v5 -i agent.zip -params beta:soft_min
 """
 
 import subprocess
