@@ -93,7 +93,7 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     if log:
         plot = f"sb3_klip.plot distribution {log} -o {run.path}"
     else:
-        plot = f"rl_zoo3.plots.plot_train -a {run.algo} -e {run.env} -f {run.folder}"
+        plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {run.folder}"
     return {
         "watch": f"{_python()} -m rl_zoo3.enjoy {agent}",
         "film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}",
