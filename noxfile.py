@@ -23,9 +23,8 @@ NEEDED = ("-e", ".[tests,plots]", "stable-baselines3[extra]")
 
 #: Where `nox -s release` puts the wheel and the sdist.
 DIST = ROOT / "dist"
-#: What must run where only one of them is installed, in an empty folder. Put the notebook of the tour here, once there is one:
-#: ("jupyter", "execute", str(ROOT / "examples" / "tour.ipynb")), with what it needs in the session's install below.
-TOUR = ("python", str(ROOT / "examples" / "drop_in.py"))
+#: What must run where only one of them is installed, in an empty folder: without extras, and with those that it asks for.
+SCRIPT, NOTEBOOK = ROOT / "examples" / "drop_in.py", ROOT / "examples" / "tour.ipynb"
 
 nox.options.sessions = ["lowest", "newest"]
 
@@ -103,12 +102,19 @@ def release(session: nox.Session) -> None:
 def installed(session: nox.Session, kind: str) -> None:
     """What a user has of the wheel or the sdist that `release` has built, in an environment and a folder of its own."""
     (file,) = DIST.glob({"wheel": "*.whl", "sdist": "*.tar.gz"}[kind])
-    session.install("-c", "constraints.txt", torch())
-    session.install("-c", "constraints.txt", f"sb3-klip @ {file.as_uri()}")
+    constraints = ("-c", str(ROOT / "constraints.txt"))
+    # Where other processes keep the cores busy, threads wait for each other.
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.install(*constraints, torch())
+    session.install(*constraints, f"sb3-klip @ {file.as_uri()}")
     session.chdir(session.create_tmp())
     session.run("python", "-m", "sb3_klip.zoo", "versions")
-    session.run(*TOUR)
+    session.run("python", str(SCRIPT))
     session.run(
         "python", "-m", "rl_zoo3.train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-n", "2000", "--eval-freq", "-1"
     )
     session.run("python", "-m", "sb3_klip.verify", "--env", "CartPole-v1", "-n", "4000")
+    # A notebook runs in the folder that it lies in.
+    shutil.copy(NOTEBOOK, ".")
+    session.install(*constraints, f"sb3-klip[extra,plots] @ {file.as_uri()}", "nbclient", "ipykernel")
+    session.run("jupyter", "execute", NOTEBOOK.name)

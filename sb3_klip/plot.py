@@ -145,8 +145,7 @@ def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range:
     :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
     :raises TypeError: if an argument is not a coefficient
     """
-    check_clip_range(clip_range)
-    drawn = _read(coefficients or DEFAULTS["landscape"])
+    drawn = _read(coefficients or DEFAULTS["landscape"], clip_range)
     with figures.style(size) as shape:
         columns = min(len(drawn), 3)
         rows = -(-len(drawn) // columns)
@@ -186,8 +185,7 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
     :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
     :raises TypeError: if an argument is not a coefficient
     """
-    check_clip_range(clip_range)
-    drawn = _read(coefficients or DEFAULTS["gradient"])
+    drawn = _read(coefficients or DEFAULTS["gradient"], clip_range)
     with figures.style(size) as shape:
         characters = [len(label) + 7 for label in drawn]
         room = _characters(shape[0])
@@ -305,8 +303,9 @@ def _read_events(log: Path, keys: Collection[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=float).rename_axis("time/total_timesteps").sort_index().reset_index().astype(float)
 
 
-def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]]) -> dict[str, Coefficient]:
-    """Coefficients by what they are called in a figure."""
+def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]], clip_range: float) -> dict[str, Coefficient]:
+    """Coefficients by what they are called in a figure, once the clip range is known to be one."""
+    check_clip_range(clip_range)
     return dict(map(read_coefficient, coefficients))
 
 

@@ -390,7 +390,6 @@ def test_what_differs_but_the_gradients_is_found(monkeypatch):
         honest(*args, lr=lr * (1 + 1e-6), **kwargs)
 
     monkeypatch.setattr(optimizer, "adam", adam)
-    monkeypatch.setattr(optimizer, "_scripted", lambda: optimizer._clip_and_step)
     check, model = IdentityCheckCallback(), make("box", batch_size=128, n_epochs=1)
     with pytest.warns(UserWarning, match=r"is not PPO's: (?!the gradient)[a-z_.0-9]+ differs by"):
         model.learn(128, callback=check)
@@ -406,7 +405,6 @@ def test_moments_that_differ_are_found(monkeypatch):
         squares[0].mul_(1 + 1e-6)
 
     monkeypatch.setattr(optimizer, "adam", adam)
-    monkeypatch.setattr(optimizer, "_scripted", lambda: optimizer._clip_and_step)
     check, model = IdentityCheckCallback(), make("box", batch_size=128, n_epochs=1)
     with pytest.warns(UserWarning, match=r"is not PPO's: optimizer\.\d+\.exp_avg_sq differs by"):
         model.learn(128, callback=check)

@@ -47,7 +47,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from sb3_klip.fast import graph
 from sb3_klip.variants import VARIANTS
 
-STEPS = 32
+STEPS = 24
 POLICIES = {"KLipPPO": "{}Policy", "KLipRecurrentPPO": "{}LstmPolicy", "KLipMaskablePPO": "{}Policy"}
 
 
@@ -149,7 +149,7 @@ class Case(NamedTuple):
             small["lstm_hidden_size"] = 8
         settings = {
             "n_steps": STEPS,
-            "batch_size": 20,
+            "batch_size": 14,
             "n_epochs": 2 if self.is_recurrent else 3,
             "learning_rate": 0.01,
             "clip_range": 0.05,
@@ -877,7 +877,7 @@ def get_and_set_parameters(case: Case) -> Any:
     nothing_for_a_policy=lambda parameters: {**parameters, "policy": None},
 )
 def parameters_that_do_not_fit(case: Case, change: Any) -> Any:
-    model = case.trained()
+    model = case.trained(steps=STEPS)
     try:
         model.set_parameters(change(model.get_parameters()))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -1146,7 +1146,7 @@ def saving_in_another_thread(case: Case) -> Any:
     thread = threading.Thread(target=autosave)
     thread.start()
     try:
-        model.learn(6 * STEPS)
+        model.learn(3 * STEPS)
     finally:
         done.set()
         thread.join()
@@ -1229,7 +1229,7 @@ def attributes(case: Case) -> Any:
     """Every attribute of the base class's model is there, and of the same type."""
     model = case.trained()
     base = next(variant.base_algorithm for variant in VARIANTS if variant.name == case.ours)
-    plain = base(POLICIES[case.ours].format("Mlp"), case.envs(), n_steps=STEPS, batch_size=20, device="cpu").learn(STEPS)
+    plain = case._replace(algorithm=base).trained()
     return {name: type(getattr(model, name)).__name__ for name in sorted(vars(plain))}
 
 
@@ -1289,17 +1289,28 @@ def check(name: str, variant: Any, folder: Path) -> None:
         assert ours[what] == theirs[what], f"{what} differ"
 
 
-def ids(cases: list[Any]) -> dict[str, Any]:
-    return {"argvalues": cases, "ids": [f"{name}-{variant.base}" for name, variant in cases]}
+#: The first case of each scenario that has several.
+FIRST = {name.partition("[")[0]: name for name in reversed(SCENARIOS)}
 
 
-@pytest.mark.parametrize(("name", "variant"), **ids(CASES))
+def is_slow(name: str, variant: Any) -> bool:
+    """Processes that import everything anew take seconds, and recurrent policies are slow: one case of a scenario is fast."""
+    is_another_case = name != FIRST[name.partition("[")[0]]
+    return is_another_case and (variant.name == "KLipRecurrentPPO" or name == "another_process[spawn]")
+
+
+def parameters(cases: list[Any]) -> list[Any]:
+    marks = (pytest.mark.slow if is_slow(*case) else () for case in cases)
+    return [pytest.param(*case, id=f"{case[0]}-{case[1].base}", marks=mark) for case, mark in zip(cases, marks, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "variant"), parameters(CASES))
 def test_same_as_the_base_class(name: str, variant: Any, tmp_path: Path) -> None:
     check(name, variant, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "variant"), **ids([case for case in CASES if case[1].base != "RecurrentPPO"]))
+@pytest.mark.parametrize(("name", "variant"), parameters([case for case in CASES if case[1].base != "RecurrentPPO"]))
 def test_same_on_the_traced_path(name: str, variant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainings above are too short for graphs; here these are used from the first minibatch on."""
     monkeypatch.setattr(graph, "WARM_UP", 0)

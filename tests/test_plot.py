@@ -267,8 +267,14 @@ def test_weight_is_drawn_where_there_is_no_beta():
     assert distribution(logged(3, **dict.fromkeys(plot.BETAS, 0.0))).axes[0].get_ylabel() == "β"
 
 
-@pytest.mark.parametrize("size", figures.SIZES)
-@pytest.mark.parametrize("figure", ["landscape", "gradient", "atlas", "distribution"])
+@pytest.mark.parametrize(
+    ("figure", "size"),
+    [
+        pytest.param(figure, size, marks=pytest.mark.slow if (figure, size) == ("atlas", "column") else ())
+        for figure in plot.COMMANDS
+        for size in figures.SIZES
+    ],
+)
 def test_files(figure, size, run, tmp_path, capsys):
     arguments = [figure, *([str(run)] if figure == "distribution" else []), "--size", size]
     assert main(arguments) == 0

@@ -138,5 +138,6 @@ def test_the_citation():
 
 
 def test_the_tour_of_a_release_is_there():
-    tour = runpy.run_path(str(ROOT / "noxfile.py"))["TOUR"]
-    assert Path(tour[-1]).is_file()
+    noxfile = runpy.run_path(str(ROOT / "noxfile.py"))
+    assert noxfile["SCRIPT"].is_file()
+    assert noxfile["NOTEBOOK"].is_file()

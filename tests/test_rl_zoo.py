@@ -12,7 +12,7 @@ import rl_zoo3
 import rl_zoo3.train
 import torch as th
 import yaml
-from helpers import assert_identical, config, python, run, zoo_train
+from helpers import assert_identical, config, python, run, zoo_here, zoo_train
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -131,7 +131,7 @@ def test_beta_from_the_command_line_stays_with_the_checkpoint(tmp_path):
     ],
 )
 def test_paper_protocol(tmp_path, algo, conf):
-    zoo_train("--env", "CartPole-v1", "-conf", conf, "--eval-freq", -1, "-n", 512, algo=algo, cwd=tmp_path)
+    zoo_here("train", "--algo", algo, "--env", "CartPole-v1", "-conf", conf, "--eval-freq", -1, "-n", 512, cwd=tmp_path)
     model = ALGOS[algo].load(tmp_path / "logs" / algo / "CartPole-v1_1" / "CartPole-v1.zip")
     assert (model.n_envs, model.n_steps, model.vf_coef, model.ent_coef) == (4, 128, 0.25, 0.0)
     assert model.learning_rate(1.0) == 3e-4
@@ -163,9 +163,9 @@ def test_optimize_hyperparameters(tmp_path):
 
 @pytest.mark.parametrize("env_id", ["CartPoleNoVel-v1", pytest.param("PendulumNoVel-v1", marks=pytest.mark.slow)])
 def test_recurrent_training_and_playing(tmp_path, env_id):
-    zoo_train("--env", env_id, *SMALL, "-params", "n_steps:64", "n_epochs:1", cwd=tmp_path, algo="klip_ppo_lstm")
-    play = ("--algo", "klip_ppo_lstm", "--env", env_id, "-f", "logs", "--no-render", "-n", 250)
-    assert "Mean reward" in python("-m", "rl_zoo3.enjoy", *play, cwd=tmp_path).stdout
+    task = ("--algo", "klip_ppo_lstm", "--env", env_id)
+    zoo_here("train", *task, *SMALL, "-params", "n_steps:64", "n_epochs:1", cwd=tmp_path)
+    assert "Mean reward" in zoo_here("enjoy", *task, "-f", "logs", "--no-render", "-n", 250, cwd=tmp_path)
     written = config(tmp_path / "logs" / "klip_ppo_lstm" / f"{env_id}_1")
     tuned = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / "ppo_lstm.yml").read_text())[env_id]
     changed = {"n_steps": 64, "n_epochs": 1, "beta": "step", "beta_kwargs": {}}
@@ -199,7 +199,7 @@ def assert_same_training(cwd: Path, env_id: str, steps: int) -> None:
     """Train ``ppo`` and ``klip_ppo`` from one seed; every episode, parameter and optimizer state must be equal."""
     for algo in ("ppo", "klip_ppo"):
         options = ("--seed", 0, "--num-threads", 1, "--eval-freq", -1)
-        zoo_train("--env", env_id, "-n", steps, *options, algo=algo, cwd=cwd)
+        zoo_here("train", "--algo", algo, "--env", env_id, "-n", steps, *options, cwd=cwd)
     theirs, ours = (cwd / "logs" / algo / f"{env_id}_1" for algo in ("ppo", "klip_ppo"))
 
     # The third column is wall-clock time.

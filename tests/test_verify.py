@@ -188,7 +188,6 @@ def test_the_last_bit_is_found_by_the_command(verify, monkeypatch, action):
 def test_an_optimizer_that_differs_is_found_by_the_command(verify, monkeypatch):
     honest = optimizer.adam
     monkeypatch.setattr(optimizer, "adam", lambda *args, lr, **kwargs: honest(*args, lr=lr * (1 + 1e-6), **kwargs))
-    monkeypatch.setattr(optimizer, "_scripted", lambda: optimizer._clip_and_step)
     result = verify(*DEFAULT, *UPDATES, "n_epochs:1")
     assert result.status == 1
     assert re.search(r"^DIFFERENT: \S+ after update 0, though all gradients are equal\.$", result.out, re.MULTILINE)

@@ -117,10 +117,10 @@ def silent(ppo_agent, tmp_path_factory) -> Continued:
 
 @pytest.fixture(scope="module")
 def reported(ppo_agent, tmp_path_factory) -> Continued:
-    """The same with RL Zoo's default evaluation, as a process."""
+    """The same with RL Zoo's default evaluation."""
     out = tmp_path_factory.mktemp("reported")
-    completed = zoo_train(*further("logs/ppo/Hopper-v4_1/Hopper-v4.zip", out=out), cwd=ppo_agent)
-    return Continued(out / "klip_ppo" / "Hopper-v5_1", completed.stdout, completed.stderr)
+    output = train_here(*further("logs/ppo/Hopper-v4_1/Hopper-v4.zip", out=out), cwd=ppo_agent)
+    return Continued(out / "klip_ppo" / "Hopper-v5_1", output)
 
 
 def expected_report(ppo_agent: Path) -> str:
@@ -609,10 +609,11 @@ def test_an_agent_of_ppo_is_played(ppo_agent, played):
     assert episodes(output) == played
 
 
-def test_an_agent_of_ppo_from_the_days_of_gym_is_played(gym_era_agent, played):
-    completed = python("-m", "rl_zoo3.enjoy", *play_options("klip_ppo", "old"), cwd=gym_era_agent)
-    assert "No agent of klip_ppo for Hopper-v4 in old: this is one of ppo" in completed.stdout
-    assert episodes(completed.stdout) == played
+def test_an_agent_of_ppo_from_the_days_of_gym_is_played(gym_era_agent, played, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gym", None)
+    output = zoo_here("enjoy", *play_options("klip_ppo", "old"), cwd=gym_era_agent)
+    assert "No agent of klip_ppo for Hopper-v4 in old: this is one of ppo" in output
+    assert episodes(output) == played
 
 
 def test_agents_for_other_environments_are_listed(ppo_agent, gym_era_agent):

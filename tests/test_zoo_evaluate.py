@@ -28,8 +28,10 @@ def logs(tmp_path_factory):
 
 def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, capsys):
     monkeypatch.chdir(logs)
+    monkeypatch.setattr(evaluate, "EPISODES", 3)
     assert main(["--env", "CartPole-v1"]) == 0
     output = capsys.readouterr().out
+    assert output.startswith("Return over 3 episodes, mean +/- standard deviation:\n")
     means = {}
     for label, file in (("last", "CartPole-v1.zip"), ("best", "best_model.zip")):
         path = Path("logs/klip_ppo/CartPole-v1_1", file)
@@ -42,6 +44,7 @@ def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, cap
     assert [purpose for purpose, _ in commands] == ["watch", "film", "plot"]
     for _, command in commands[:2]:
         assert ("--load-best" in command) == (means["best"] >= means["last"])
+    assert commands[2][1].endswith(f" -o {path.parent}")  # not into the working directory
 
 
 def test_without_an_evaluation_there_is_no_best_agent(logs, monkeypatch, capsys):
@@ -49,17 +52,20 @@ def test_without_an_evaluation_there_is_no_best_agent(logs, monkeypatch, capsys)
     assert main(["--algo", "ppo", "--env", "CartPole-v1"]) == 0
     output = capsys.readouterr().out
     assert "best agent: none, as the training was shorter than --eval-freq 25000" in output
-    assert "rl_zoo3.plots.plot_train -a ppo -e CartPole-v1" in output  # which has no β
+    assert "rl_zoo3.cli plot_train -a ppo -e CartPole-v1" in output  # which has no β
 
 
 @pytest.mark.slow
-def test_the_commands_run_as_they_are_printed(logs):
-    output = python("-m", "sb3_klip.zoo.evaluate", "--env", "CartPole-v1", cwd=logs).stdout
+@pytest.mark.parametrize("algo", ["klip_ppo", "ppo"])
+def test_the_commands_run_as_they_are_printed(logs, algo):
+    output = python("-m", "sb3_klip.zoo.evaluate", "--algo", algo, "--env", "CartPole-v1", cwd=logs).stdout
     commands = dict(re.findall(r"^  (watch|film|plot): (.*)$", output, re.MULTILINE))
     for purpose, more in (("watch", ["--no-render"]), ("film", ["-n", "20"]), ("plot", [])):
-        python(*shlex.split(commands[purpose])[1:], *more, cwd=logs)
-    assert list(logs.glob("logs/klip_ppo/CartPole-v1_1/videos/*.mp4"))
-    assert (logs / "distribution.svg").exists()
+        python(*shlex.split(commands[purpose])[1:], *more, cwd=logs, env={"MPLBACKEND": "agg"})
+    folder = logs / "logs" / algo / "CartPole-v1_1"
+    assert list(folder.glob("videos/*.mp4"))
+    assert (folder / "distribution.svg").exists() == (algo == "klip_ppo")  # RL Zoo's figure opens in a window
+    assert {path.name for path in logs.iterdir()} == {"logs"}  # which git ignores
 
 
 def test_what_needs_mujoco_is_drawn_without_a_display(tmp_path, monkeypatch):

@@ -90,9 +90,10 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
     drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
     log = run.tensorboard_log() if run.algo in ALGORITHMS else None
-    plot = (
-        f"sb3_klip.plot distribution {log}" if log else f"rl_zoo3.plots.plot_train -a {run.algo} -e {run.env} -f {run.folder}"
-    )
+    if log:
+        plot = f"sb3_klip.plot distribution {log} -o {run.path}"
+    else:
+        plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {run.folder}"
     return {
         "watch": f"{_python()} -m rl_zoo3.enjoy {agent}",
         "film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}",
