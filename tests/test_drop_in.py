@@ -1138,7 +1138,7 @@ def saving_in_another_thread(case: Case) -> Any:
     model, done, saved = case.model(), threading.Event(), []
 
     def autosave() -> None:
-        while not done.is_set():
+        while not done.wait(0.01):
             stream = io.BytesIO()
             model.save(stream)
             saved.append(stream)
