@@ -53,7 +53,8 @@ class Setting(NamedTuple):
     def __str__(self) -> str:
         network = "CNN" if self.task == "image" else f"{self.net}-{self.net}"
         start = "" if self.variant == "PPO" else f"{self.variant}, "
-        return f"{start}{self.task}, {network}, minibatch {self.batch_size}, {self.samples} samples"
+        epochs = {1: ", 1 epoch", 10: ""}.get(self.epochs, f", {self.epochs} epochs")
+        return f"{start}{self.task}, {network}, minibatch {self.batch_size}, {self.samples} samples{epochs}"
 
 
 #: What the README's and the documentation's tables have.
