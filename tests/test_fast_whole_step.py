@@ -91,3 +91,14 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         model.policy.value_net.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inf|nan"):
         model.learn(100)
+
+
+def test_another_number_of_threads_is_compiled_for_anew() -> None:
+    """The number is part of the code that torch makes."""
+    model, threads = trained(compile=QUICK), th.get_num_threads()
+    try:
+        th.set_num_threads(threads + 1)
+        model.learn(100, reset_num_timesteps=False)
+    finally:
+        th.set_num_threads(threads)
+    assert len(whole_step._STEPS[model]) == 4

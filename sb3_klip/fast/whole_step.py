@@ -62,7 +62,13 @@ def whole_step(model: Any, update: Any) -> Iterator[Callable[..., tuple[th.Tenso
     steps_made = _STEPS.setdefault(model, {})
     constants = constants_of(update)
     numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, model.max_grad_norm, repr(update.coefficient))
-    structure = (*map(id, model.policy.modules()), *map(id, parameters), update.replayed is None, *settings.items())
+    structure = (
+        *map(id, model.policy.modules()),
+        *map(id, parameters),
+        update.replayed is None,
+        *settings.items(),
+        th.get_num_threads(),
+    )
     for parameter in parameters:
         if not optimizer.state[parameter]:
             averages = {name: th.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
