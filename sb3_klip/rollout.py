@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,10 @@ BUFFERS: dict[type[RolloutBuffer], Any] = {
 }
 #: The arrays of such a buffer that have one number per sample, in the order of a minibatch.
 _COLUMNS = ("values", "log_probs", "advantages", "returns")
+#: Bytes.
+_CACHE_LINE = 64
+#: Bytes of the samples that are taken out of a rollout at a time, where they are of several minibatches.
+_BLOCK = 1_000_000
 
 
 def rollout_copy(buffer: RolloutBuffer) -> RolloutBuffer:
@@ -131,10 +135,26 @@ def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterato
         samples = kind(observations if is_dict else observations[""], *columns)
         yield from ((samples, indices) for indices in places.split(batch_size or size))
         return
-    for indices in places.split(batch_size or size):
-        rows = [column.index_select(0, indices) for column in columns]
-        seen = {key: tensor.index_select(0, indices) for key, tensor in observations.items()}
-        yield kind(seen if is_dict else seen[""], *rows), indices
+    batch_size = min(batch_size or size, size)
+    arrays = [*columns, *observations.values()]
+    for block in places.split(_block_size(batch_size, arrays)):
+        taken = [array.index_select(0, block).split(batch_size) for array in arrays]
+        for indices, *rows in zip(block.split(batch_size), *taken, strict=True):
+            seen = dict(zip(observations, rows[len(columns) :], strict=True))
+            yield kind(seen if is_dict else seen[""], *rows[: len(columns)]), indices
+
+
+def _block_size(batch_size: int, arrays: Sequence[th.Tensor]) -> int:
+    """
+    How many samples to take out of the rollout at a time: those of one minibatch, or, in fewer calls, of several.
+
+    A product of matrices may be rounded otherwise where its operands begin elsewhere than at a cache line, as those of a
+    minibatch by itself do.
+    """
+    widths = [array[:1].nbytes for array in arrays]
+    if any(width * batch_size % _CACHE_LINE for width in widths):
+        return batch_size
+    return batch_size * max(1, _BLOCK // (sum(widths) * batch_size))
 
 
 def _flatten(buffer: Any) -> None:
