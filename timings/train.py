@@ -1,5 +1,5 @@
 """
-Time ``train()`` of PPO and KLipPPO on the same filled rollout buffer, in one process, in turn.
+Time ``train()`` of PPO and KLipPPO on the same rollout, each in a process of its own, in turn.
 
     python timings/train.py                  # networks of 64-64 with minibatches of 64 and 256, and of 256-256 with 32
     python timings/train.py --compile        # with torch.compile, too
@@ -10,9 +10,12 @@ Time ``train()`` of PPO and KLipPPO on the same filled rollout buffer, in one pr
 Prints the median time per minibatch, and the median and quartiles of PPO's time over each of the others'.
 """
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -152,12 +155,38 @@ def timing(model: Any) -> Callable[[], float]:
     return timed
 
 
+#: What a process that :func:`apart` began times.
+_timed: Callable[[], float]
+
+
+@contextmanager
+def apart(algorithm: Any, setting: Setting, arguments: dict[str, Any]) -> Iterator[Callable[[], float]]:
+    """
+    The same, in a process of its own: in one process, where memory is free for one model depends on what others left, which
+    makes differences of a tenth between equal models with convolutions.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _begin, (th.get_num_threads(), algorithm, setting, arguments)) as process:
+        yield lambda: process.submit(_again).result()
+
+
+def _begin(threads: int, algorithm: Any, setting: Setting, arguments: dict[str, Any]) -> None:
+    global _timed
+    th.set_num_threads(threads)
+    _timed = timing(filled(algorithm, setting, **arguments))
+
+
+def _again() -> float:
+    return _timed()
+
+
 def compare(setting: Setting, models: dict[str, dict[str, Any]], repeats: int) -> dict[str, Any]:
     """Times per minibatch in µs, and ratios, of PPO and of our subclass with each of these arguments."""
     theirs, ours, _ = VARIANTS[setting.variant]
-    timed = {"PPO": timing(filled(theirs, setting))}
-    timed.update({name: timing(filled(ours, setting, **arguments)) for name, arguments in models.items()})
-    seconds = in_turn(timed, repeats)
+    kinds = {"PPO": (theirs, {}), **{name: (ours, arguments) for name, arguments in models.items()}}
+    with ExitStack() as stack:
+        timed = {name: stack.enter_context(apart(kind, setting, arguments)) for name, (kind, arguments) in kinds.items()}
+        seconds = in_turn(timed, repeats)
     minibatches = setting.epochs * -(-setting.samples // setting.batch_size)
     microseconds = {name: statistics.median(values) / minibatches * 1e6 for name, values in seconds.items()}
     return {"setting": str(setting), "microseconds": microseconds, "ratios": ratios(seconds, "PPO")}
