@@ -27,9 +27,9 @@ from sb3_klip.files import write_atomically
 REFERENCE = "step"
 #: What stands above :func:`paper_table`.
 AGAINST_PAPER = (
-    "Mean ± standard deviation; the paper's are over five seeds. The difference is ours minus the paper's, with Welch's 95 % "
-    "confidence interval for two samples; the means differ if 0 is not in it. Of twenty rows with equal means, one is to be "
-    "expected to differ by chance. One seed has no interval."
+    "Mean ± standard deviation over seeds; the paper has five. The difference is ours minus the paper's, with Welch's 95 % "
+    "confidence interval. The means differ if this interval does not contain 0; if all true means are equal, that happens by "
+    "chance in one row of twenty. A single seed has no interval."
 )
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
 FIRST = 0.01
@@ -110,7 +110,7 @@ def _made_by(frame: pd.DataFrame) -> str:
     lines = [
         f"{len(frame)} trainings, {hours:.1f} hours of one core. {', '.join(f'{k} {v}' for k, v in versions.items())}; "
         f"{', '.join(sorted(set(frame['processor'])))}.",
-        "Each is one run of RL Zoo, whose command is in the first line of its file below `results`. The first one's:",
+        "Each training is one run of RL Zoo. The first line of its file in `results` has its command. For example:",
         f"```bash\n{command}\n```",
         "This file and the figures are made from those files by `python -m sb3_klip.experiments report`.",
     ]
@@ -202,14 +202,15 @@ def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
         return []
     return [
         f"## All tasks together{at}",
-        f"On {', '.join(tasks)}, with the seeds that a method has on each of them. A score is 0 for the return of the first "
-        f"{FIRST:.0%} of `{reference}`'s training and 1 for the mean of its last 10 %. In brackets, 95 % confidence intervals "
-        "of a bootstrap within tasks; with few seeds they are too narrow. The probability of improvement is that of a run of "
-        f"the method having a higher score than one of `{reference}` on the same task. *End* is the last 10 % of training, "
-        "and *training* the mean over all of it, which is the area under the learning curve.",
+        f"Tasks: {', '.join(tasks)}. A method counts with the seeds that it has on every task. The score of a return is 0 at "
+        f"the mean of the first {FIRST:.0%} of `{reference}`'s training, and 1 at the mean of its last 10 %. *End* is the "
+        "score of the last 10 % of training. *Training* is that of the whole training, which is the area under the learning "
+        "curve. The probability of improvement is the chance that a run of the method has a higher score than a run of "
+        f"`{reference}` on the same task. In brackets are 95 % confidence intervals of a bootstrap within tasks; with few "
+        "seeds they are too narrow.",
         _markdown(aggregate_table(rows, reference)),
-        f"What the means of the end can exclude, with all seeds and Welch's 95 % interval, in % of what `{reference}` gains "
-        "from its first returns to its last:",
+        f"The gain of each method over `{reference}` at the end, in % of what `{reference}` gains during training. All seeds "
+        "count; the intervals are Welch's, 95 %.",
         "\n".join(_verdict(method, gain(rows, method, reference), reference) for method in methods if method != reference),
     ]
 
@@ -258,9 +259,8 @@ def _by_task(frame: pd.DataFrame) -> str:
     intervals = pd.Series({key: each.text("{:.0f}") for key, each in bootstrap(cells, metrics.aggregate_iqm).items()})
     table = intervals.unstack().reindex(index=frame["task"].cat.categories, columns=frame["method"].cat.categories)
     table = table.dropna(how="all").dropna(how="all", axis=1).fillna("–").rename_axis("task").reset_index()
-    return "With 95 % confidence intervals of the bootstrap over seeds, of the cells with more than one.\n\n" + _markdown(
-        table
-    )
+    title = "Cells with more than one seed, with 95 % confidence intervals of the bootstrap over seeds."
+    return f"{title}\n\n{_markdown(table)}"
 
 
 def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str) -> list[str]:
@@ -274,10 +274,10 @@ def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[
         rows.append((task, *(_share_text(runs[method], runs[reference]) for method in methods)))
     return [
         f"## Samples to reach the final return of `{reference}`",
-        f"In % of training: when a method's mean over seeds first is where `{reference}`'s mean ends, which is how GePPO's "
-        "authors count samples (arXiv 2111.00072); > 100 where it is not within training. All returns are means of the "
-        "episodes in 10 % of training, at its end or at any time before. In brackets, 95 % confidence intervals of the "
-        "bootstrap over the seeds of both, where both have more than one.",
+        f"The part of training, in %, after which the mean of a method's seeds first reaches the final mean of `{reference}`; "
+        "> 100 if it never does. GePPO's authors count samples in this way (arXiv 2111.00072). A return is the mean of the "
+        "episodes in 10 % of training. In brackets are 95 % confidence intervals of the bootstrap over the seeds of both, "
+        "where both have more than one.",
         _markdown(pd.DataFrame(rows, columns=["task", *methods])),
     ]
 
@@ -298,10 +298,11 @@ def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     rates = list(frames)
     return [
         f"## Robustness: {rates[-1]} against {rates[0]}",
-        f"Mean score at the learning rate {rates[-1]} as a share of that at {rates[0]}, both on the scale of `{REFERENCE}` at "
-        f"{rates[0]}, over the tasks on which all have two seeds; 95 % confidence intervals of a bootstrap within tasks. "
-        "Published, for 3e-4 and 1e-3 and in a protocol of their own, by ANO's authors (arXiv 2605.02320). SPO's authors "
-        "(arXiv 2401.16025) train deeper actors, and for 10 million steps, which is not done here.",
+        f"The share is the mean score at the learning rate {rates[-1]}, divided by that at {rates[0]}. Both are on the scale "
+        f"of `{REFERENCE}` at {rates[0]}, over the tasks on which all have two seeds. In brackets are 95 % confidence "
+        "intervals of a bootstrap within tasks. *Published* are the shares of ANO's authors (arXiv 2605.02320), who have a "
+        "protocol of their own, for 3e-4 and 1e-3. SPO's authors (arXiv 2401.16025) train deeper actors for 10 million steps, "
+        "which is not done here.",
         _markdown(table),
     ]
 
