@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvMultiDiscrete
 from torch import nn
 
 from sb3_klip import IdentityCheckCallback, KLipPPO
@@ -71,6 +71,17 @@ class TwoBoxes(gym.ObservationWrapper):
         return {name: observation[part] for name, part in self.parts.items()}
 
 
+class RowAndColumn(gym.ObservationWrapper):
+    """A place, in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__(gym.make("FrozenLake-v1"))
+        self.observation_space = gym.spaces.Dict(row=gym.spaces.Discrete(4), column=gym.spaces.Discrete(4))
+
+    def observation(self, observation: Any) -> Any:
+        return {"row": observation // 4, "column": observation % 4}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "gaussian": {},
     "categorical": {"env": "CartPole-v1"},
@@ -79,6 +90,9 @@ CASES: dict[str, dict[str, Any]] = {
     "gsde": {"use_sde": True},
     "squashed": {"use_sde": True, "policy_kwargs": {"squash_output": True}, "ent_coef": 0.01},
     "dictionary": {"env": lambda: TwoBoxes(), "policy": "MultiInputPolicy"},
+    "one-hot": {"env": "FrozenLake-v1"},
+    "one-hot, several": {"env": lambda: IdentityEnvMultiDiscrete(3)},
+    "one-hot, dictionary": {"env": lambda: RowAndColumn(), "policy": "MultiInputPolicy"},
     "value clipping": {"clip_range_vf": 0.1, "ent_coef": 0.01},
     "schedules": {"clip_range": lambda p: 0.1 * p, "clip_range_vf": lambda p: 0.3 * p, "learning_rate": lambda p: 0.01 * p},
     "target_kl": {"target_kl": 0.001, "learning_rate": 0.01},
@@ -292,8 +306,9 @@ def test_convolutions_are_eager() -> None:
     assert learner.update_path == "eager, as ActorCriticCnnPolicy is not known"
 
 
-def test_what_cannot_be_traced_is_eager(eager: Callable[..., Any]) -> None:
+def test_what_cannot_be_traced_is_eager(eager: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch looks at the values that it makes one-hot vectors of."""
+    monkeypatch.setattr(pure, "_one_hot", th.nn.functional.one_hot)
     ours = model(env=gym.make("FrozenLake-v1")).learn(STEPS)
     assert ours.update_path.startswith("eager, as it cannot be traced (")
     assert_same(ours, eager(model(env=gym.make("FrozenLake-v1"))))

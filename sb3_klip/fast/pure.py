@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering
@@ -70,6 +72,19 @@ class _Loss(nn.Module):
         return self.loss(*args)
 
 
+class _OneHot(TorchFunctionMode):
+    """``one_hot`` as a comparison: torch's looks at the numbers. They were looked at when the policy acted on them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _one_hot(classes: th.Tensor, num_classes: int) -> th.Tensor:
+    return (classes.unsqueeze(-1) == th.arange(num_classes)).long()
+
+
 class PureLoss(NamedTuple):
     """
     A loss as functions of tensors: parameters, rows (:func:`rows_of`) and constants (:func:`constants_of`), in this order.
@@ -106,7 +121,9 @@ def pure_loss(model: Any, example: Any, update: Any, rows: Sequence[th.Tensor]) 
         inputs, own_rows = ([next(parts) for _ in part] for part in (leaves, rows))
         inputs = [parameter.detach().requires_grad_() for parameter in inputs]
         arguments = _rebuilt(example, update, own_rows, [*parts])
-        return *functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments), inputs, arguments[-1]
+        with _OneHot():
+            loss, minibatch = functional_call(loss_module, dict(zip(names, inputs, strict=True)), arguments)
+        return loss, minibatch, inputs, arguments[-1]
 
     def gradients(*tensors: th.Tensor) -> tuple[th.Tensor, ...]:
         loss, minibatch, inputs, _ = evaluated(*tensors)
