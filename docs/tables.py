@@ -5,6 +5,7 @@ A table stands in a page between the lines ``<!-- table: NAME -->`` and ``<!-- e
 """
 
 import ast
+import csv
 import inspect
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import runpy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
 from sb3_klip.coefficients.parameters import Parameter
@@ -118,6 +120,78 @@ def times() -> str:
     return _timed("coefficients")
 
 
+def wide() -> str:
+    """The suite ``wide``: the final return of each run."""
+    runs = _runs("wide")
+    names = [run["method"].partition("@") for run in runs]
+    methods = sorted({method for method, _, _ in names}, key=lambda method: (method != "step", method))
+    rates = sorted({rate for _, _, rate in names}, key=float)
+    rows = [
+        (
+            task,
+            rate,
+            *(_returns(r for r in runs if (r["task"], r["method"]) == (task, f"{method}@{rate}")) for method in methods),
+        )
+        for task in _CHOSEN_ON
+        for rate in rates
+    ]
+    return _table(("task", "learning rate", *(f"`{method}`" for method in methods)), rows)
+
+
+def search() -> str:
+    """What was tried for the preset: the final return of each setting."""
+    base = [run for run in _runs("wide") if run["method"] == "step@1e-3" and run["seed"] == 0]
+    runs = [*base, *(run for name in ("preset_search", "preset_search2", "preset_search3") for run in _runs(name))]
+    settings: dict[str, dict[str, str]] = {}
+    for run in runs:
+        given = {key: value for key, value in run["hyperparams"].items() if key not in ("beta", "learning_rate")}
+        inner = given.pop("policy_kwargs", "dict()")[len("dict(") : -1]
+        words = [*([inner] if inner else []), *(f"{key}={value}" for key, value in given.items())]
+        settings.setdefault(f"`{', '.join(words)}`" if words else "none", {})[run["task"]] = f"{run['final_return']:.0f}"
+    rows = [
+        (name, *(found.get(task, "–") for task in _CHOSEN_ON))
+        for name, found in sorted(settings.items(), key=lambda item: item[0].count("="))
+    ]
+    return _table(("change", *_CHOSEN_ON), rows)
+
+
+def preset() -> str:
+    """The preset's returns, those of its last agents, and the best published ones."""
+    chosen_by = [run for run in _runs("preset_search2") if run["method"] == "large_critic"]  # the same setting, seed 0
+    runs = sorted([*_runs("fast"), *chosen_by], key=lambda run: run["seed"])
+    with (ROOT / "results/fast/evaluations.csv").open(encoding="utf-8", newline="") as file:
+        evaluated = {(row["task"], int(row["seed"])): float(row["return"]) for row in csv.DictReader(file)}
+    rows = []
+    for task in sorted({run["task"] for run in runs}, key=[*_TIANSHOU, "Swimmer-v4"].index):
+        own = [run for run in runs if run["task"] == task]
+        last = ", ".join(f"{evaluated[task, run['seed']]:.0f}" for run in own)
+        minutes = sum(run["seconds"] for run in own) / len(own) / 60
+        rows.append((task, _returns(own), last, _TIANSHOU.get(task, "–"), f"{minutes:.0f}"))
+    return _table(("task", "last 10 % of training", "last agent", "Tianshou's PPO", "minutes"), rows)
+
+
+#: The tasks that the preset was chosen on.
+_CHOSEN_ON = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
+#: thu-ml/tianshou, examples/mujoco/README.md: version 3 of the tasks, ten seeds, the best deterministic evaluation.
+_TIANSHOU = {
+    "Hopper-v4": "2609 ± 701",
+    "HalfCheetah-v4": "5784 ± 1244",
+    "Walker2d-v4": "3588 ± 757",
+    "Ant-v4": "3258 ± 1079",
+    "Humanoid-v4": "787 ± 194",
+}
+
+
+def _runs(suite: str) -> list[dict[str, Any]]:
+    """The first lines of the results of a suite, in the order of their seeds."""
+    paths = sorted((ROOT / "results" / suite).glob("results/*/*/*.csv"), key=lambda path: (path.parent.parent, path.stem))
+    return [json.loads(path.open(encoding="utf-8").readline()[1:]) for path in paths]
+
+
+def _returns(runs: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(f"{run['final_return']:.0f}" for run in runs) or "–"
+
+
 def _timed(name: str) -> str:
     found = json.loads((ROOT / "timings/overview.json").read_text())["results"]
     return _table(*runpy.run_path(str(ROOT / "timings/overview.py"))["tables"](found)[name])
@@ -125,7 +199,10 @@ def _timed(name: str) -> str:
 
 TABLES = {
     each.__name__: each
-    for each in (coefficients, families, references, quantities, constants, variants, modules, speed, memory, sizes, times)
+    for each in (
+        *(coefficients, families, references, quantities, constants, variants, modules),
+        *(speed, memory, sizes, times, wide, search, preset),
+    )
 }
 
 

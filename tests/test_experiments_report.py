@@ -177,6 +177,7 @@ def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
         ("knobs", None, None),
         ("reuse", None, None),
         ("wide", None, None),
+        ("fast", None, None),
     ],
 )
 def test_committed_report_and_the_documentation_are_of_the_committed_results(tmp_path, suite, in_report, in_docs):

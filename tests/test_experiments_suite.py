@@ -13,7 +13,7 @@ from sb3_klip.experiments.suite import included, read_suite, select
 
 
 def test_all_included_suites_can_be_run():
-    assert included() == ["coefficients", "knobs", "paper", "reuse", "reuse_long", "smoke", "wide"]
+    assert included() == ["coefficients", "fast", "knobs", "paper", "reuse", "reuse_long", "smoke", "wide"]
     for name in included():
         suite = read_suite(name)
         assert suite.name == name
@@ -207,8 +207,8 @@ def test_files_that_are_no_suites(refused, tmp_path, content, message):
     [
         (
             "smok",
-            "--suite='smok' is none of coefficients, knobs, paper, reuse, reuse_long, smoke, wide, and no YAML file. "
-            "Did you mean 'smoke'?",
+            "--suite='smok' is none of coefficients, fast, knobs, paper, reuse, reuse_long, smoke, wide, and no YAML "
+            "file. Did you mean 'smoke'?",
         ),
         ("missing.yml", "--suite: missing.yml cannot be read: "),
         ("folder.yml", "--suite: folder.yml cannot be read: "),

@@ -92,6 +92,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
         "sb3_klip/hyperparams/paper.yml",
         "sb3_klip/hyperparams/geppo.yml",
         "sb3_klip/hyperparams/wide.yml",
+        "sb3_klip/hyperparams/fast.yml",
     } <= names
     modules = {f"sb3_klip/{path.relative_to(ROOT / 'sb3_klip')}" for path in (ROOT / "sb3_klip").rglob("*.py")}
     assert modules <= names

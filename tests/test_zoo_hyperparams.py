@@ -35,7 +35,7 @@ def test_our_file_is_merged_key_by_key(tmp_path, monkeypatch):
     assert merged == zoos
 
 
-@pytest.mark.parametrize("name", ["klip_ppo", "paper", "geppo", "wide"])
+@pytest.mark.parametrize("name", ["klip_ppo", "paper", "geppo", "wide", "fast"])
 def test_each_reading_of_a_module_gives_a_new_dictionary(name):
     # RL Zoo deletes keys from what it is given, so that a second training in one process would find them gone.
     module = importlib.import_module(f"sb3_klip.hyperparams.{name}")

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="{run,report}")
 
     run = commands.add_parser("run", help="train the missing cells", epilog=EPILOG, formatter_class=made.formatter_class)
-    suites = "paper, coefficients, wide, knobs, reuse, reuse_long, smoke, or a YAML file of your own"
+    suites = "paper, coefficients, wide, fast, knobs, reuse, reuse_long, smoke, or a YAML file of your own"
     run.add_argument("--suite", required=True, help=suites)
     run.add_argument("-f", "--folder", type=Path, help="folder for the results (default: logs/experiments/<suite>)")
     run.add_argument("--tasks", nargs="+", default=[], metavar="ENV", help="only these tasks (default: all of the suite)")
