@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
 from sb3_klip.coefficients.parameters import Parameter
 from sb3_klip.variants import VARIANTS
@@ -135,7 +137,10 @@ def wide() -> str:
         for task in _CHOSEN_ON
         for rate in rates
     ]
-    return _table(("task", "learning rate", *(f"`{method}`" for method in methods)), rows)
+    suite = yaml.safe_load((ROOT / "sb3_klip/experiments/suites/wide.yml").read_text(encoding="utf-8"))
+    cells = len(suite["tasks"]) * len(suite["methods"]) * len(suite["seeds"])
+    table = _table(("task", "learning rate", *(f"`{method}`" for method in methods)), rows)
+    return f"{table}\n\n{len(runs)} of the suite's {cells} runs are done."
 
 
 def search() -> str:
