@@ -19,6 +19,7 @@ import yaml
 
 from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
 from sb3_klip.coefficients.parameters import Parameter
+from sb3_klip.experiments import paper
 from sb3_klip.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -167,24 +168,16 @@ def preset() -> str:
     with (ROOT / "results/fast/evaluations.csv").open(encoding="utf-8", newline="") as file:
         evaluated = {(row["task"], int(row["seed"])): float(row["return"]) for row in csv.DictReader(file)}
     rows = []
-    for task in sorted({run["task"] for run in runs}, key=[*_TIANSHOU, "Swimmer-v4"].index):
+    for task in sorted({run["task"] for run in runs}, key=[*paper.TIANSHOU, "Swimmer-v4"].index):
         own = [run for run in runs if run["task"] == task]
         last = ", ".join(f"{evaluated[task, run['seed']]:.0f}" for run in own)
         minutes = sum(run["seconds"] for run in own) / len(own) / 60
-        rows.append((task, _returns(own), last, _TIANSHOU.get(task, "–"), f"{minutes:.0f}"))
+        rows.append((task, _returns(own), last, paper.TIANSHOU.get(task, "–"), f"{minutes:.0f}"))
     return _table(("task", "last 10 % of training", "last agent", "Tianshou's PPO", "minutes"), rows)
 
 
 #: The tasks that the preset was chosen on.
 _CHOSEN_ON = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4")
-#: thu-ml/tianshou, examples/mujoco/README.md: version 3 of the tasks, ten seeds, the best deterministic evaluation.
-_TIANSHOU = {
-    "Hopper-v4": "2609 ± 701",
-    "HalfCheetah-v4": "5784 ± 1244",
-    "Walker2d-v4": "3588 ± 757",
-    "Ant-v4": "3258 ± 1079",
-    "Humanoid-v4": "787 ± 194",
-}
 
 
 def _runs(suite: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ BUFFERS: dict[type[RolloutBuffer], Any] = {
 }
 #: The arrays of such a buffer that have one number per sample, in the order of a minibatch.
 _COLUMNS = ("values", "log_probs", "advantages", "returns")
-#: Bytes.
+#: Size of a cache line, in bytes.
 _CACHE_LINE = 64
 #: Bytes of the samples that are taken out of a rollout at a time, where they are of several minibatches.
 _BLOCK = 1_000_000
