@@ -1,4 +1,4 @@
-"""What an update logs: stored per minibatch, reduced once per epoch, and read from the device once per update."""
+"""What an update logs: stored per minibatch, reduced some epochs at a time, and read from the device once per update."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from sb3_klip.surrogate import PerSampleKL, clip_objective, masked_mean, partiti
 
 #: Percentiles of β that are logged, as ``beta_p01`` and so on.
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+#: Samples in the minibatches that are kept until they are reduced together, in fewer calls; more would take more memory.
+_PENDING = 25_000
 
 
 class Minibatch(NamedTuple):
@@ -83,7 +85,11 @@ class UpdateLog:
         self.estimator = estimator
         self.minibatches: list[Minibatch] = []
         self.gradient_norms: list[th.Tensor] = []
-        self._epochs: list[dict[str, th.Tensor]] = []
+        self._epochs = 0
+        # Minibatches of whole epochs that are not reduced yet, and what has become of the others.
+        self._pending: list[Minibatch] = []
+        self._samples = 0
+        self._reduced: list[dict[str, th.Tensor]] = []
         self._counts: list[int] = []
 
     def begin_epoch(self) -> None:
@@ -102,30 +108,40 @@ class UpdateLog:
         """
         index, norm = next((i, norm) for i, norm in enumerate(self.gradient_norms) if not norm.isfinite())
         problem = self.minibatches[index].non_finite() or f"the norm of the gradient is {norm.item()}"
-        return len(self._epochs), index, problem
+        return self._epochs, index, problem
 
     def end_epoch(self) -> None:
-        """Reduce the epoch's minibatches to the sum over minibatches of each one's mean, as SB3 weighs them."""
+        """Take over the epoch's minibatches."""
+        self._epochs += 1
         if not self.minibatches:  # a buffer of the user's own may hand out none
             return
-        self._last = self.minibatches[-1]
-        terms = [minibatch.terms for minibatch in self.minibatches]
-        keep = None if self.minibatches[0].mask is None else th.cat([m.mask for m in self.minibatches])  # type: ignore[misc]
+        self._pending += self.minibatches
+        self._counts.append(len(self.minibatches))
+        self._samples += sum(minibatch.advantages.numel() for minibatch in self.minibatches)
+        if self._samples > _PENDING:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        """Reduce minibatches to the sum over minibatches of each one's mean, as SB3 weighs them."""
+        minibatches, self._pending, self._samples = self._pending, [], 0
+        self._last = minibatches[-1]
+        terms = [minibatch.terms for minibatch in minibatches]
+        keep = None if self._last.mask is None else th.cat([m.mask for m in minibatches])  # type: ignore[misc]
 
         def join(tensors: list[th.Tensor]) -> th.Tensor:
             return th.cat(tensors) if keep is None else th.cat(tensors)[keep]
 
         ratio, log_ratio = join([t.ratio for t in terms]), join([t.log_ratio for t in terms])
         removal, loss = join([t.removal for t in terms]), join([t.loss for t in terms])
-        advantages = join([m.advantages for m in self.minibatches])
+        advantages = join([m.advantages for m in minibatches])
         weight = estimate = None
         if self.estimator is not None:
             weight, estimate = join([t.weight for t in terms]), join([t.estimate for t in terms])  # type: ignore[misc]
 
         shifted, weights, centre = ratio, None, None
-        if self.minibatches[0].replayed is not None:
-            shifted = join([m.shifted_ratio() for m in self.minibatches])
-            weights, centre = (th.cat(column) for column in zip(*(m.replayed for m in self.minibatches), strict=True))
+        if self._last.replayed is not None:
+            shifted = join([m.shifted_ratio() for m in minibatches])
+            weights, centre = (th.cat(column) for column in zip(*(m.replayed for m in minibatches), strict=True))
         kill, passed, _ = partition(shifted, advantages, self.clip_range)
         beta = per_sample_beta(ratio, advantages, removal)
         kl_penalty = -beta * log_ratio
@@ -137,10 +153,11 @@ class UpdateLog:
         if weights is not None and centre is not None:
             policy_loss = weights * (policy_loss - (centre - 1) * advantages)
             loss = weights * loss
+        approx_kl = (ratio - 1) - log_ratio if weights is None else join([m.kl_estimates() for m in minibatches])
         per_sample = {
             "policy_gradient_loss": policy_loss,
             "clip_fraction": ((shifted - 1).abs() > self.clip_range).to(ratio.dtype),
-            "approx_kl": (ratio - 1) - log_ratio if weights is None else join([m.kl_estimates() for m in self.minibatches]),
+            "approx_kl": approx_kl,
             "kill_fraction": kill.to(ratio.dtype),
             "pass_fraction": passed.to(ratio.dtype),
             "beta_mean": beta,
@@ -149,16 +166,17 @@ class UpdateLog:
         }
         if weight is not None:
             per_sample["beta_scalar"] = weight
-        sizes = th.tensor([len(m.advantages) if m.mask is None else int(m.mask.sum()) for m in self.minibatches])
+        sizes = th.tensor([m.advantages.numel() if m.mask is None else int(m.mask.sum()) for m in minibatches])
         share = sizes.to(ratio.dtype).reciprocal().repeat_interleave(sizes).to(ratio.device)
-        epoch = dict(zip(per_sample, (th.stack(list(per_sample.values())) * share).sum(dim=1), strict=True))
-        epoch["value_loss"] = th.stack([m.value_loss for m in self.minibatches]).sum()
-        epoch["entropy_loss"] = th.stack([m.entropy_loss for m in self.minibatches]).sum()
-        epoch["beta_abs_max"] = beta.abs().max()
-        self._last_policy_loss = policy_loss[-int(sizes[-1]) :].mean()
-        self.last_beta = beta
-        self._epochs.append(epoch)
-        self._counts.append(len(self.minibatches))
+        sums = {name: values @ share for name, values in per_sample.items()}
+        sums["value_loss"] = th.stack([m.value_loss for m in minibatches]).sum()
+        sums["entropy_loss"] = th.stack([m.entropy_loss for m in minibatches]).sum()
+        sums["beta_abs_max"] = beta.abs().max()
+        epoch = int(sizes[-self._counts[-1] :].sum())
+        sums["last_approx_kl"] = approx_kl[-epoch:] @ share[-epoch:] / self._counts[-1]
+        sums["last_policy_loss"] = policy_loss[-int(sizes[-1]) :].mean()
+        self.last_beta = beta[-epoch:].clone()
+        self._reduced.append(sums)
 
     def summary(self, ent_coef: float, vf_coef: float) -> dict[str, float]:
         """
@@ -172,19 +190,19 @@ class UpdateLog:
         :return: value by logger key, without the ``train/`` prefix
         :raises ValueError: if there was no minibatch
         """
-        if not self._epochs:
+        if self._pending:
+            self._reduce()
+        if not self._reduced:
             raise ValueError("the update had no minibatch: the rollout buffer handed out none, or n_epochs is 0")
-        names = list(self._epochs[0])
-        table = th.stack([th.stack([epoch[name] for name in names]) for epoch in self._epochs]).tolist()
-        total = sum(self._counts)
-        logs = {name: sum(column) / total for name, column in zip(names, zip(*table, strict=True), strict=True)}
-        last_epoch = dict(zip(names, table[-1], strict=True))
-        logs["approx_kl"] = last_epoch["approx_kl"] / self._counts[-1]
-        logs["beta_abs_max"] = max(row[names.index("beta_abs_max")] for row in table)
-        last = self._last
-        losses = th.stack([self._last_policy_loss, last.entropy_loss, last.value_loss])
-        levels = th.tensor(PERCENTILES, dtype=losses.dtype, device=losses.device) / 100
-        policy_loss, entropy_loss, value_loss, *quantiles = th.cat([losses, self.last_beta.quantile(levels)]).tolist()
-        logs["loss"] = policy_loss + ent_coef * entropy_loss + vf_coef * value_loss
+        names = list(self._reduced[0])
+        table = th.stack([th.stack(list(sums.values())) for sums in self._reduced]).tolist()
+        rows = [dict(zip(names, row, strict=True)) for row in table]
+        logs = {name: sum(row[name] for row in rows) / sum(self._counts) for name in names if not name.startswith("last_")}
+        logs["approx_kl"] = rows[-1]["last_approx_kl"]
+        logs["beta_abs_max"] = max(row["beta_abs_max"] for row in rows)
+        levels = th.tensor(PERCENTILES, dtype=self.last_beta.dtype, device=self.last_beta.device) / 100
+        losses = th.stack([self._last.entropy_loss, self._last.value_loss])
+        entropy_loss, value_loss, *quantiles = th.cat([losses, self.last_beta.quantile(levels)]).tolist()
+        logs["loss"] = rows[-1]["last_policy_loss"] + ent_coef * entropy_loss + vf_coef * value_loss
         logs.update((f"beta_p{level:02}", value) for level, value in zip(PERCENTILES, quantiles, strict=True))
         return logs

@@ -7,7 +7,7 @@ from helpers import FAST, pendulum, train
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_klip import KLipPPO
+from sb3_klip import KLipPPO, diagnostics
 from sb3_klip.callbacks import CSVLogCallback
 from sb3_klip.diagnostics import PERCENTILES
 
@@ -62,6 +62,23 @@ def test_percentiles_of_beta(beta, clip_range):
     logged = [both.logger.name_to_value[f"train/beta_p{level:02}"] for level in PERCENTILES]
     np.testing.assert_allclose(logged, expected, rtol=1e-3, atol=1e-5)
     assert np.ptp(logged) > 0.1
+
+
+@pytest.mark.parametrize("kwargs", [{"beta": "adaptive"}, {"target_kl": 0.01}, {"reuse": 2}])
+def test_it_does_not_matter_how_many_epochs_are_reduced_together(kwargs, monkeypatch):
+    update = {**FAST, "n_epochs": 5, "batch_size": 24, "learning_rate": 1e-2, **kwargs}
+
+    def logged(pending: int) -> list[dict[str, float]]:
+        monkeypatch.setattr(diagnostics, "_PENDING", pending)
+        _, log = train(KLipPPO, "MlpPolicy", pendulum, 256, **update)
+        return log.rows
+
+    together, apart, some = (logged(pending) for pending in (10**6, 0, 100))
+    for rows in (apart, some):
+        for row, expected in zip(rows, together, strict=True):
+            assert row.keys() == expected.keys()
+            for key in (key for key in row if key.startswith("train/")):
+                assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
 
 
 def test_percentiles_are_for_files_and_not_for_the_terminal(tmp_path, capsys):

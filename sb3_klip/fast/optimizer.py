@@ -134,6 +134,12 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     return plain and not _is_large(optimizer) and len(steps) == 1
 
 
+@functools.lru_cache
+def _number(value: float) -> th.Tensor:
+    """A number as a tensor, which torch would otherwise make at each call, in more time than the arithmetic takes."""
+    return th.tensor(value, dtype=th.float32, device="cpu")
+
+
 def _adam(
     flat: th.Tensor, gradient: th.Tensor, exp_avg: th.Tensor, exp_avg_sq: th.Tensor, steps: th.Tensor, group: dict[str, Any]
 ) -> None:
@@ -147,8 +153,8 @@ def _adam(
     elif decay:
         gradient = gradient.add(flat, alpha=decay)
     exp_avg.lerp_(gradient, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    scale = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+    exp_avg_sq.mul_(_number(beta2)).addcmul_(gradient, gradient, value=1 - beta2)
+    scale = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(_number(group["eps"]))
     flat.addcdiv_(exp_avg, scale, value=-lr / (1 - beta1**step))
 
 
@@ -210,7 +216,9 @@ class _OneTensor:
         # Rounded as the norm of the parameters' norms, if it is to have the same bits.
         norms = self.gradient if self.fused else th.stack(th._foreach_norm(self.last_gradients))
         norm = th.linalg.vector_norm(norms)
-        self.gradient.mul_((float(max_grad_norm) / (norm + 1e-6)).clamp(max=1.0))
+        # A number over a tensor, in clip_grad_norm_, is the number times the reciprocal.
+        share = (norm + _number(1e-6)).reciprocal() * _number(float(max_grad_norm))
+        self.gradient.mul_(share.clamp(max=1.0))
         self.adam = self.adam or self._checked_adam()
         self.adam(*self._state(), self.optimizer.param_groups[0])
         th._foreach_copy_(self.parameters, self.views)
