@@ -11,6 +11,7 @@ import json
 import math
 import re
 import runpy
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,18 +163,18 @@ def search() -> str:
 
 
 def preset() -> str:
-    """The preset's returns, those of its last agents, and the best published ones."""
-    chosen_by = [run for run in _runs("preset_search2") if run["method"] == "large_critic"]  # the same setting, seed 0
-    runs = sorted([*_runs("fast"), *chosen_by], key=lambda run: run["seed"])
+    """The preset's returns, those of its last agents, and published ones."""
+    runs = _runs("fast")
     with (ROOT / "results/fast/evaluations.csv").open(encoding="utf-8", newline="") as file:
         evaluated = {(row["task"], int(row["seed"])): float(row["return"]) for row in csv.DictReader(file)}
     rows = []
-    for task in sorted({run["task"] for run in runs}, key=[*paper.TIANSHOU, "Swimmer-v4"].index):
+    for task, published in paper.TIANSHOU.items():
         own = [run for run in runs if run["task"] == task]
-        last = ", ".join(f"{evaluated[task, run['seed']]:.0f}" for run in own)
-        minutes = sum(run["seconds"] for run in own) / len(own) / 60
-        rows.append((task, _returns(own), last, paper.TIANSHOU.get(task, "–"), f"{minutes:.0f}"))
-    return _table(("task", "last 10 % of training", "last agent", "Tianshou's PPO", "minutes"), rows)
+        training, last = [run["final_return"] for run in own], [evaluated[task, run["seed"]] for run in own]
+        minutes = statistics.median(run["seconds"] for run in own) / 60
+        means = (f"{statistics.mean(returns):.0f} ± {statistics.stdev(returns):.0f}" for returns in (training, last))
+        rows.append((task, str(len(own)), *means, published, f"{minutes:.0f}"))
+    return _table(("task", "seeds", "last 10 % of training", "last agent", "Tianshou's PPO", "minutes"), rows)
 
 
 #: The tasks that the preset was chosen on.

@@ -18,11 +18,12 @@ RUN = ("--num-threads", 1, "--seed", 0, "-n", 128, "-params", "n_envs:1", "n_ste
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory):
-    """A folder in which there are a run with evaluations and a log for TensorBoard, and one of PPO without."""
+    """A folder in which there are a run with evaluations and a log for TensorBoard, and two of PPO without."""
     folder = tmp_path_factory.mktemp("runs")
     extras = ("--eval-freq", 64, "--eval-episodes", 1, "--tensorboard-log", "logs/tensorboard")
     zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", *RUN, *extras, cwd=folder)
     zoo_here("train", "--algo", "ppo", "--env", "CartPole-v1", *RUN, cwd=folder)
+    zoo_here("train", "--algo", "ppo", "--env", "Acrobot-v1", *RUN, "--eval-freq", -1, cwd=folder)
     return folder
 
 
@@ -47,12 +48,17 @@ def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, cap
     assert commands[2][1].endswith(f" -o {path.parent}")  # not into the working directory
 
 
-def test_without_an_evaluation_there_is_no_best_agent(logs, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [("CartPole-v1", "the training was shorter than --eval-freq 25000"), ("Acrobot-v1", "it was not evaluated in training")],
+)
+def test_without_an_evaluation_there_is_no_best_agent(env, reason, logs, monkeypatch, capsys):
     monkeypatch.chdir(logs)
-    assert main(["--algo", "ppo", "--env", "CartPole-v1"]) == 0
+    monkeypatch.setattr(evaluate, "EPISODES", 1)
+    assert main(["--algo", "ppo", "--env", env]) == 0
     output = capsys.readouterr().out
-    assert "best agent: none, as the training was shorter than --eval-freq 25000" in output
-    assert "rl_zoo3.cli plot_train -a ppo -e CartPole-v1" in output  # which has no β
+    assert f"best agent: none, as {reason}\n" in output
+    assert f"rl_zoo3.cli plot_train -a ppo -e {env}" in output  # which has no β
 
 
 @pytest.mark.slow

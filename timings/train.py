@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -139,7 +140,10 @@ def timing(model: Any) -> Callable[[], float]:
     content = {name: value.copy() for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
     initial = {name: tensor.clone() for name, tensor in model.policy.state_dict().items()}
 
+    calls = count()
+
     def timed() -> float:
+        np.random.seed(next(calls))  # each model's minibatches, which decide how many sequences a recurrent one has
         # train() has flattened the arrays; and the policy should be as far from the rollout's each time.
         vars(buffer).update({name: value.copy() for name, value in content.items()})
         buffer.generator_ready = False
@@ -152,6 +156,7 @@ def timing(model: Any) -> Callable[[], float]:
     minibatches = model.n_epochs * -(-buffer.buffer_size // model.batch_size)
     for _ in range(1 + -(-WARM_UP // minibatches) * hasattr(model, "update_path")):
         timed()
+    calls = count()
     return timed
 
 

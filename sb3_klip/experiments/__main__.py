@@ -11,7 +11,7 @@ from pathlib import Path
 
 EPILOG = """\
 examples:
-  python -m sb3_klip.experiments run --suite smoke                          # tests the installation, two minutes
+  python -m sb3_klip.experiments run --suite smoke                          # tests the installation, one or two minutes
   python -m sb3_klip.experiments run --suite paper --tasks Hopper-v4 --seeds 0 1
   python -m sb3_klip.experiments run --suite paper --scheduler tcp://node1:8786
   python -m sb3_klip.experiments report logs/experiments/paper

@@ -143,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, (mean, std) in returns.items():
         print(f"  {label} agent: {mean:.1f} +/- {std:.1f}   {agents[label]}")
     if "best" not in agents:
-        print(f"  best agent: none, as the training was shorter than --eval-freq {run.arguments()['eval_freq']}")
+        frequency = run.arguments()["eval_freq"]
+        reason = (
+            f"the training was shorter than --eval-freq {frequency}" if frequency > 0 else "it was not evaluated in training"
+        )
+        print(f"  best agent: none, as {reason}")
     print("Next:")
     for purpose, command in next_commands(run, best=max(returns, key=returns.__getitem__) == "best").items():
         print(f"  {purpose}: {command}")
