@@ -168,12 +168,12 @@ class UpdateLog:
             per_sample["beta_scalar"] = weight
         sizes = th.tensor([m.advantages.numel() if m.mask is None else int(m.mask.sum()) for m in minibatches])
         share = sizes.to(ratio.dtype).reciprocal().repeat_interleave(sizes).to(ratio.device)
-        sums = {name: values @ share for name, values in per_sample.items()}
+        sums = {name: (values * share).sum() for name, values in per_sample.items()}
         sums["value_loss"] = th.stack([m.value_loss for m in minibatches]).sum()
         sums["entropy_loss"] = th.stack([m.entropy_loss for m in minibatches]).sum()
         sums["beta_abs_max"] = beta.abs().max()
         epoch = int(sizes[-self._counts[-1] :].sum())
-        sums["last_approx_kl"] = approx_kl[-epoch:] @ share[-epoch:] / self._counts[-1]
+        sums["last_approx_kl"] = (approx_kl * share)[-epoch:].sum() / self._counts[-1]
         sums["last_policy_loss"] = policy_loss[-int(sizes[-1]) :].mean()
         self.last_beta = beta[-epoch:].clone()
         self._reduced.append(sums)

@@ -101,7 +101,7 @@ class PerSampleKLTraining(Seam):
                 for epoch in range(self.n_epochs):
                     log.begin_epoch()
                     finished = self._train_epoch(epoch, update, log, compute, step, gathered)
-                    if not log.is_finite():
+                    if not self._is_finite(log):
                         break
                     log.end_epoch()
                     self._n_updates += 1
@@ -109,10 +109,10 @@ class PerSampleKLTraining(Seam):
                         break
         except ValueError as error:
             # A policy may refuse the NaN parameters that a bad step leaves behind.
-            if log.is_finite():
+            if self._is_finite(log):
                 raise
             cause = error
-        if not log.is_finite():
+        if not self._is_finite(log):
             self._abandon_update(before, log, cause)
         self._end_update(update, log)
 
@@ -338,6 +338,10 @@ class PerSampleKLTraining(Seam):
     def _ages(self) -> th.Tensor:
         """Updates since each sample was collected, in the order of the flattened buffer."""
         return th.zeros(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs, device=self.device)
+
+    def _is_finite(self, log: UpdateLog) -> bool:
+        """Whether the steps of the epoch are finite. Where only the norm of a gradient overflows, they are 0, as PPO's."""
+        return log.is_finite() or all(bool(parameter.isfinite().all()) for parameter in self.policy.parameters())
 
     def _abandon_update(self, before: dict[str, Any], log: UpdateLog, cause: Exception | None) -> NoReturn:
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import FAST, pendulum, train
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -79,6 +80,22 @@ def test_it_does_not_matter_how_many_epochs_are_reduced_together(kwargs, monkeyp
             assert row.keys() == expected.keys()
             for key in (key for key in row if key.startswith("train/")):
                 assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_logged_is_not_rounded_by_autocast(dtype):
+    def logged(algorithm):
+        class InAutocast(algorithm):
+            def train(self):
+                with torch.autocast("cpu", dtype=dtype):
+                    super().train()
+
+        _, log = train(InAutocast, "MlpPolicy", pendulum, 512, **{**FAST, "n_steps": 512, "learning_rate": 1e-4})
+        return log.rows[-1]
+
+    ours, theirs = logged(KLipPPO), logged(PPO)
+    for key in ("approx_kl", "policy_gradient_loss", "value_loss", "loss"):
+        assert ours[f"train/{key}"] == pytest.approx(theirs[f"train/{key}"], rel=1e-2), key
 
 
 def test_percentiles_are_for_files_and_not_for_the_terminal(tmp_path, capsys):

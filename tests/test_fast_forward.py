@@ -210,3 +210,42 @@ def test_gradients_are_those_of_the_policy() -> None:
     with standing_in([forward.ShortForward(policy)]):
         log_prob = policy(th.zeros(1, 3))[2]
     assert log_prob.requires_grad
+
+
+class Watching(BaseCallback):
+    """Keeps the distribution that each step left, and copies the policy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def _on_step(self) -> bool:
+        policy = copy.deepcopy(self.model.policy)
+        own = self.model.policy.action_dist.distribution
+        assert vars(policy.action_dist.distribution).keys() == vars(own).keys()
+        parts = [value for value in vars(own).values() if th.is_tensor(value)]
+        self.seen.append((own.batch_shape, own.event_shape, [*parts, own.entropy(), own.log_prob(own.sample())]))
+        return True
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "CartPole-v1"])
+def test_the_distribution_of_the_step_is_there(env_id: str) -> None:
+    callbacks = []
+    for algorithm in (PPO, KLipPPO):
+        callbacks.append(Watching())
+        algorithm("MlpPolicy", env_id, seed=0, device="cpu", **SMALL).learn(200, callback=callbacks[-1])
+    for theirs, ours in zip(*(callback.seen for callback in callbacks), strict=True):
+        assert theirs[:2] == ours[:2]
+        assert all(map(th.equal, theirs[2], ours[2]))
+
+
+def test_a_policy_may_rule_an_action_out() -> None:
+    def trained(algorithm: type[PPO]) -> PPO:
+        model = algorithm("MlpPolicy", "CartPole-v1", seed=0, device="cpu", **SMALL)
+        with th.no_grad():
+            model.policy.action_net.bias[0] = -th.inf
+        return model.learn(200)
+
+    ours, theirs = trained(KLipPPO), trained(PPO)
+    assert all(map(th.equal, ours.policy.parameters(), theirs.policy.parameters()))
+    assert set(ours.rollout_buffer.actions.flatten()) == {1}

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnvMultiDiscrete
+from stable_baselines3.common.utils import FloatSchedule
 from torch import nn
 
 from sb3_klip import IdentityCheckCallback, KLipPPO
@@ -395,3 +398,52 @@ def test_no_graph_where_comparing_it_takes_longer_than_it_saves() -> None:
     learner = model(env="CartPole-v1", n_epochs=1, **large).learn(512)
     assert learner.update_path == "eager, as products of matrices take nearly all of its time"
     assert graph.reason_not_worth_it(model(env="CartPole-v1", n_epochs=20, **large)) == ""
+
+
+class InDoublePrecision(RolloutBuffer):
+    """Advantages and returns in float64."""
+
+    def compute_returns_and_advantage(self, *args: Any, **kwargs: Any) -> None:
+        super().compute_returns_and_advantage(*args, **kwargs)
+        self.advantages, self.returns = self.advantages.astype(np.float64), self.returns.astype(np.float64)
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+def test_advantages_in_double_precision(normalize_advantage: bool) -> None:
+    kwargs = {"rollout_buffer_class": InDoublePrecision, "normalize_advantage": normalize_advantage}
+    ours, theirs = (model(algorithm, **kwargs).learn(STEPS) for algorithm in (KLipPPO, PPO))
+    assert ours.update_path == "traced"
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 0.1), (0.1, None)])
+def test_clipping_of_values_is_switched_on_or_off(before: float | None, after: float | None) -> None:
+    def trained(algorithm: type[Any]) -> Any:
+        learner = model(algorithm, clip_range_vf=before).learn(STEPS)
+        learner.clip_range_vf = after if after is None else FloatSchedule(after)
+        return learner.learn(STEPS, reset_num_timesteps=False)
+
+    ours, theirs = trained(KLipPPO), trained(PPO)
+    assert ours.update_path == "traced"
+    assert_same(ours, theirs)
+
+
+def test_a_graph_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("a test wants it so\nand more")
+
+    monkeypatch.setattr(graph, "_run", failing)
+    ours = model().learn(STEPS)
+    assert ours.update_path == "eager, as it cannot be traced (RuntimeError: a test wants it so)"
+    assert_same(ours, model(PPO).learn(STEPS))
+
+
+def test_all_samples_in_one_minibatch() -> None:
+    """``batch_size=None`` of SB3's buffers, which can be set after the model is made."""
+
+    def trained(algorithm: type[Any]) -> Any:
+        learner = model(algorithm)
+        learner.batch_size = None
+        return learner.learn(STEPS)
+
+    assert_same(trained(KLipPPO), trained(PPO))

@@ -208,3 +208,30 @@ def test_parameters_stay_in_the_memory_where_they_are(shared: bool, one_tensor_s
         assert parameter.data_ptr() == places[name]
         assert parameter.is_shared() == shared
     assert_identical(model, PPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu", **SMALL).learn(200))
+
+
+def test_another_default_type() -> None:
+    def trained(algorithm: type[PPO]) -> PPO:
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL)
+        th.set_default_dtype(th.float64)
+        try:
+            return model.learn(200)
+        finally:
+            th.set_default_dtype(th.float32)
+
+    ours, theirs = trained(KLipPPO), trained(PPO)
+    assert_identical(ours, theirs)
+    steps = [state["step"].dtype for model in (ours, theirs) for state in model.policy.optimizer.state.values()]
+    assert set(steps) == {th.float64}
+
+
+def test_a_norm_that_overflows_is_clipped_to_nothing() -> None:
+    """Each gradient is finite, but not the sum of their squares: PPO's step is 0, and so is ours."""
+
+    def trained(algorithm: type[PPO]) -> PPO:
+        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 1e18 * reward)
+        return algorithm("MlpPolicy", env, seed=0, device="cpu", **SMALL).learn(200)
+
+    ours = trained(KLipPPO)
+    assert_identical(ours, trained(PPO))
+    assert ours._n_updates == 2 * SMALL["n_epochs"]

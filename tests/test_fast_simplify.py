@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, tuple[Any, list[str]]] = {
     "the same number twice": (lambda x: (x * 0.1 + x * 0.1,), [MUL, ADD]),
     "zeros of both signs": (lambda x: ((x * 0.0).reciprocal(), (x * -0.0).reciprocal()), [MUL, RECIPROCAL] * 2),
     "a share of a sum": (lambda x: (th.add(x, 2, alpha=0.1), th.rsub(x, 2, alpha=3)), [ADD, "aten.rsub.Scalar"]),
+    "a power that changes the type": (lambda x: (x.bool() ** 1,), ["aten._to_copy.default", "aten.pow.Tensor_Scalar"]),
     "comparisons": (lambda x: (x > 0.1, x <= 0.1, x == 0), ["aten.gt.Tensor", "aten.le.Tensor", "aten.eq.Tensor"]),
     "whole numbers": (lambda x: (x.long() + 1,), ["aten._to_copy.default", ADD]),
 }

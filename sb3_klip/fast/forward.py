@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn, tanh
+from torch.distributions import Categorical, Distribution, Normal
 from torch.nn import Linear, Tanh
 from torch.nn.functional import linear
 
@@ -63,7 +64,8 @@ class ShortForward(StandIn):
 
     def __call__(self, obs: th.Tensor, deterministic: bool = False) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         policy = self.owner
-        kind = type(policy.action_dist)
+        action_dist = policy.action_dist
+        kind = type(action_dist)
         modules = policy._modules  # an attribute of a module takes ten times as long to find
         extractor, features = modules["mlp_extractor"], modules["features_extractor"]
         is_known = type(extractor) is MlpExtractor and type(features) is FlattenExtractor and kind in _DISTRIBUTIONS
@@ -77,9 +79,11 @@ class ShortForward(StandIn):
         seen = obs.float().flatten(1)
         latent, values = _through(actor, seen), _through(critic, seen)
         if kind is DiagGaussianDistribution:
-            drawn, log_prob = _gaussian(latent, *self.deviation.of(policy._parameters["log_std"], latent))
+            std, *others = self.deviation.of(policy._parameters["log_std"], latent)
+            action_dist.distribution = _unchecked(Normal, latent.shape, loc=latent, scale=std)
+            drawn, log_prob = _gaussian(latent, *others)
             return th.from_numpy(drawn.reshape(-1, *policy.action_space.shape)), values, log_prob
-        actions, log_prob = _categorical(latent)
+        actions, log_prob, action_dist.distribution = _categorical(latent)
         return actions, values, log_prob
 
     def _is_watched(self, path: tuple[nn.Module, ...]) -> bool:
@@ -112,15 +116,22 @@ class _Deviation:
 
     def __init__(self) -> None:
         self.key: Any = None
-        self.found: tuple[Any, Any, Any] = (None, None, None)
+        self.found: Any = None
 
-    def of(self, log_std: th.Tensor, mean: th.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Standard deviation, twice its square, and its logarithm, each of the shape of the mean."""
+    def of(self, log_std: th.Tensor, mean: th.Tensor) -> tuple[th.Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Standard deviation, as tensor and array, twice its square, and its logarithm, each of the shape of the mean."""
         key = (mean.shape, log_std.detach().numpy().tobytes())
         if key != self.key:
             std = th.ones_like(mean) * log_std.exp()
-            self.key, self.found = key, (std.numpy(), (2 * std**2).numpy(), std.log().numpy())
+            self.key, self.found = key, (std, std.numpy(), (2 * std**2).numpy(), std.log().numpy())
         return self.found
+
+
+def _unchecked(kind: type[Distribution], shape: th.Size, **attributes: Any) -> Any:
+    """A distribution as its constructor makes it, without the checks and the broadcasting, which take most of the time."""
+    distribution = kind.__new__(kind)
+    vars(distribution).update(attributes, _batch_shape=shape, _event_shape=th.Size())
+    return distribution
 
 
 def _gaussian(
@@ -131,24 +142,27 @@ def _gaussian(
     actions = centre + noise * std
     distance = actions - centre
     log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI
-    _check_action(log_prob, "log-probability")
+    _check_action(np.isfinite(log_prob), "log-probability", log_prob)
     return actions, th.from_numpy(log_prob).sum(dim=1)
 
 
 _LOG_SQRT_2_PI = np.float32(math.log(math.sqrt(2 * math.pi)))
 
 
-def _categorical(logits: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-    """Actions and their log-probabilities, as ``CategoricalDistribution`` draws and rounds them."""
+def _categorical(logits: th.Tensor) -> tuple[th.Tensor, th.Tensor, Categorical]:
+    """Actions and their log-probabilities, as ``CategoricalDistribution`` draws and rounds them, and the distribution."""
     logits = logits - logits.logsumexp(dim=-1, keepdim=True)
-    _check_action(logits.numpy(), "logits")
-    actions = th.multinomial(logits.softmax(dim=-1), 1, replacement=True)
-    return actions.flatten(), logits.gather(1, actions).flatten()
+    values = logits.numpy()
+    _check_action(~np.isnan(values), "logits", values)  # -inf rules an action out
+    probs = logits.softmax(dim=-1)
+    actions = th.multinomial(probs, 1, replacement=True)
+    parts = {"logits": logits, "_param": logits, "_num_events": logits.shape[-1], "probs": probs}
+    return actions.flatten(), logits.gather(1, actions).flatten(), _unchecked(Categorical, logits.shape[:-1], **parts)
 
 
-def _check_action(values: np.ndarray, name: str) -> None:
+def _check_action(is_valid: np.ndarray, name: str, values: np.ndarray) -> None:
     """In place of the distribution's validation: no environment, least of all a robot, is to be given such an action."""
-    if not np.isfinite(values).all():
+    if not is_valid.all():
         raise ValueError(
             f"the policy has no action to take: its {name} is {values.tolist()}. Is there a NaN in the observation, or in a "
             "parameter of the policy?"

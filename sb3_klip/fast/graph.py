@@ -98,8 +98,8 @@ def reason_not_worth_it(model: Any) -> str:
     :return: the reason, for people; empty if they would
     """
     samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
-    minibatches = model.n_epochs * math.ceil(samples / model.batch_size)
-    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(model.batch_size, samples)
+    minibatches = model.n_epochs * math.ceil(samples / (model.batch_size or samples))
+    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(model.batch_size or samples, samples)
     return "products of matrices take nearly all of its time" if products > WORTH * minibatches else ""
 
 
@@ -156,7 +156,8 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
         if size not in ready:
             rows = rows_of(rollout_data, indices if needs_indices else None)
-            key = (numbers, structure, *((row.shape, row.dtype) for row in rows))
+            of_constants = (constant.dtype for constant in constants)
+            key = (numbers, structure, *((row.shape, row.dtype) for row in rows), *of_constants)
             graphs.uses[key] = graphs.uses.get(key, 0) + 1
             if graphs.given_up or graphs.uses[key] <= WARM_UP:
                 return model._loss(rollout_data, indices, update)
@@ -167,26 +168,26 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
 
     def make_ready(key: Any, rows: Any, rollout_data: Any, indices: Any) -> Callable[..., Any] | None:
         """A graph that has just given the bits of the eager loss; None, and no more graphs, if there is none."""
-        if key not in graphs.traced:
-            if len(graphs.traced) == MOST_GRAPHS:
-                graphs.given_up = "what the loss depends on changes too often"
-                return None
-            try:
-                graphs.traced[key] = _traced(model, rollout_data, update, rows, constants)
-            except Exception as error:  # whatever torch, or what it traces, may raise
-                first_line = next(iter(str(error).splitlines()), "")
-                graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
-                return None
-        run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
+        if key not in graphs.traced and len(graphs.traced) == MOST_GRAPHS:
+            graphs.given_up = "what the loss depends on changes too often"
+            return None
         # The policy is still that of the rollout, so that no ratio is near a bound; moved, some are, on each side.
         moved = _moved(rollout_data)
-        moved_rows = rows_of(moved, indices if needs_indices else None)
         asked = (
             coefficient if coefficient.is_constant else Answering(coefficient, example_answer(coefficient, moved.advantages))
         )
         loss, minibatch = model._loss(moved, indices, update._replace(coefficient=asked))
         eager = (th.autograd.grad(loss, parameters), minibatch, getattr(asked, "given", {}))
-        if _same((*run(moved_rows, asked), getattr(asked, "given", {})), eager):
+        try:
+            if key not in graphs.traced:
+                graphs.traced[key] = _traced(model, rollout_data, update, rows, constants)
+            run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
+            found = run(rows_of(moved, indices if needs_indices else None), asked)
+        except Exception as error:  # whatever torch, or what it traces, may raise
+            first_line = next(iter(str(error).splitlines()), "")
+            graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
+            return None
+        if _same((*found, getattr(asked, "given", {})), eager):
             return lambda rows: run(rows, coefficient)
         graphs.given_up = "a graph did not give the bits of the eager update"
         warnings.warn(
@@ -222,9 +223,10 @@ def _call(graph: Any, tensors: Sequence[th.Tensor]) -> Sequence[th.Tensor]:
 
 def _moved(rollout_data: Any) -> Any:
     """A minibatch as if policy and values had moved since the rollout, by another factor or amount for each sample."""
-    shift = th.linspace(-1, 1, len(rollout_data.advantages), dtype=rollout_data.advantages.dtype)
-    log_prob, values = rollout_data.old_log_prob + shift, rollout_data.old_values + shift
-    return rollout_data._replace(old_log_prob=log_prob, old_values=values)
+    columns = {name: getattr(rollout_data, name) for name in ("old_log_prob", "old_values")}
+    return rollout_data._replace(
+        **{name: column + th.linspace(-1, 1, len(column), dtype=column.dtype) for name, column in columns.items()}
+    )
 
 
 def _traced(model: Any, example: Any, update: Any, rows: list[th.Tensor], constants: list[th.Tensor]) -> Traced:

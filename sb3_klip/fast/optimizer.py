@@ -7,7 +7,7 @@ from typing import Any
 
 import torch as th
 from torch.optim.adam import adam
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import _get_scalar_dtype, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 #: Takes the loss, or the gradients of all parameters.
 Step = Callable[[Any], th.Tensor]
@@ -193,7 +193,7 @@ class _OneTensor:
         self.gradient, self.gradients = self._empty()
         self.averages = {name: self._empty() for name in ("exp_avg", "exp_avg_sq")}
         self.last_gradients: list[th.Tensor] = []
-        self.steps = th.zeros(())
+        self.steps = th.zeros((), dtype=_get_scalar_dtype(), device="cpu")
         self.adam: Callable[..., None] | None = None
         for position, state in enumerate(optimizer.state.get(parameter) for parameter in parameters):
             if state is not None:
@@ -203,7 +203,7 @@ class _OneTensor:
 
     def _empty(self) -> tuple[th.Tensor, list[th.Tensor]]:
         """Zeros for all parameters, and the part of each."""
-        flat = th.zeros(sum(parameter.numel() for parameter in self.parameters))
+        flat = th.zeros(sum(parameter.numel() for parameter in self.parameters), dtype=th.float32, device="cpu")
         parts = flat.split([parameter.numel() for parameter in self.parameters])
         return flat, [part.view(parameter.shape) for part, parameter in zip(parts, self.parameters, strict=True)]
 

@@ -71,7 +71,7 @@ def _same_numbers(node: Any, values: dict[fx.Node, Any]) -> fx.Node | None:
         before, after = values[node.args[0]], values[node]
         if (before.dtype, before.shape, before.stride()) == (after.dtype, after.shape, after.stride()):
             return node.args[0]
-    if node.target is _ATEN.pow.Tensor_Scalar and node.args[1] == 1:
+    if node.target is _ATEN.pow.Tensor_Scalar and node.args[1] == 1 and values[node.args[0]].dtype == values[node].dtype:
         return node.args[0]
     return None
 
@@ -114,7 +114,7 @@ def _prefer_tensors(traced: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
             node.target, node.args = _ATEN.sub.Tensor, (converted(number, dtype), source)
         elif node.target in _OF_NUMBERS and number is not None:
             node.target, node.args = _OF_NUMBERS[node.target], (source, converted(number, dtype))
-        elif node.target in _CONVERTING and values[source].ndim > 0:
+        elif node.target in _CONVERTING and values[source].ndim > 0 and values[node].dtype in (dtype, th.bool):
             for operand in node.all_input_nodes:
                 if values[operand].ndim == 0 and values[operand].dtype.is_floating_point and values[operand].dtype != dtype:
                     node.replace_input_with(operand, converted(operand, dtype))
