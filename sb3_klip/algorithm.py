@@ -3,8 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from operator import index
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -13,6 +12,7 @@ from sb3_contrib.common.maskable import distributions as maskable
 from stable_baselines3.common import distributions
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
+from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.callback_state import callbacks_of
 from sb3_klip.checkpoints.mixin import Checkpoints
 from sb3_klip.coefficients import Coefficient, CoefficientLike
@@ -20,7 +20,6 @@ from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.compiling import check_compile
 from sb3_klip.fast.rollouts import short_rollout
-from sb3_klip.replay import weights_by_age
 from sb3_klip.reuse import SampleReuse
 
 #: The distributions of policies whose KL divergence has a closed form, see :mod:`sb3_klip.divergence`.
@@ -60,7 +59,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
 
         :param policy: policy, as in the constructor
         :param policy_base: class that the algorithm's policies derive from
-        :param n_epochs: number of passes over the rollout; with 0, the base class would fail only after its first rollout
+        :param n_epochs: number of passes over the rollout
         :param device: device, as in the constructor
         :param beta: the coefficient
         :param beta_kwargs: its parameters
@@ -71,16 +70,11 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         :raises TypeError: if an argument is of a wrong type
         """
         self._beta, self.beta_kwargs = make_beta(beta, beta_kwargs), beta_kwargs
-        if not isinstance(log_kl, bool):
-            raise TypeError(f"log_kl={log_kl!r} must be True or False")
+        check_arguments({"n_epochs": n_epochs, "log_kl": log_kl, "compile": compile, "reuse": reuse})
         self.log_kl = log_kl
-        if not isinstance(n_epochs, SupportsIndex) or index(n_epochs) < 1:
-            raise ValueError(f"n_epochs={n_epochs!r} must be a whole number, at least 1")
         if str(device).startswith("cuda") and not th.cuda.is_available():  # SB3 says so with verbose=1 only
             warnings.warn(f"device={str(device)!r}: torch finds no GPU, so the model is on the CPU", stacklevel=3)
-        check_compile(compile)
-        self.compile = compile
-        weights_by_age(reuse)
+        self.compile = True if compile == {} else compile
         self.reuse = int(reuse) if isinstance(reuse, Integral) else np.array(reuse, dtype=float).tolist()  # as JSON has it
         aliases = self.policy_aliases
         if isinstance(policy, str) and policy not in aliases:
@@ -112,6 +106,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         self._known_coefficient()
+        self.update_beta = None
         return super()._setup_learn(*args, **kwargs)
 
     def _setup_model(self) -> None:
@@ -138,7 +133,8 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
                     stacklevel=3,
                 )
                 return
-            self._beta.load_state_dict(saved.get("beta_state", {}).get(self._beta.name, {}))
+            if self._beta.name in saved.get("beta_state", {}):
+                self._beta.load_state_dict(saved["beta_state"][self._beta.name])
         self._check_coefficient(self._known_coefficient())
         if self.compile:
             try:  # the constructor has checked it, but a file may come from another machine

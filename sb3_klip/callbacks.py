@@ -62,8 +62,10 @@ class CSVLogCallback(BaseCallback):
             return []
         # A crash may have cut off the last row.
         rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()))
-        steps = "time/total_timesteps"
-        return [row for row in rows if str(row.get(steps)).isdigit() and int(row[steps]) <= self.num_timesteps]
+        steps = [str(row.get("time/total_timesteps")) for row in rows]
+        # Rows without steps, which others have written, belong to the row after them.
+        behind = [place for place, text in enumerate(steps) if text.isdigit() and int(text) <= self.num_timesteps]
+        return rows[: behind[-1] + 1] if behind else []
 
     def _on_step(self) -> bool:
         return True

@@ -137,6 +137,7 @@ class SampleReuse(PerSampleKLTraining):
         """Collect a rollout, as the base class does, and keep it if later updates will learn from it."""
         number = len(weights_by_age(self.reuse))
         if number == 1:
+            self.forget_rollouts()
             return super().collect_rollouts(*args, **kwargs)
         self._time_limits = []
         try:
@@ -178,6 +179,8 @@ class SampleReuse(PerSampleKLTraining):
 
         :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
         """
+        if len(weights_by_age(self.reuse)) == 1:
+            self.forget_rollouts()
         if not self._kept_rollouts:
             super().train()
             return
@@ -195,7 +198,7 @@ class SampleReuse(PerSampleKLTraining):
         """All rollouts as one, the newest first, with advantages under the present policy and value function."""
         newest, *older = self._kept_rollouts
         renewed = [(newest.arrays, np.ones_like(newest.rewards)), *map(self._renewed, older)]
-        number, length = len(renewed), len(newest.rewards)
+        number, lengths = len(renewed), [len(kept.rewards) for kept in self._kept_rollouts]
         arrays = {name: _joined([arrays[name] for arrays, _ in renewed]) for name in newest.arrays}
         weights = weights_by_age(self.reuse)[:number]
         weights = weights / weights.sum()
@@ -204,11 +207,12 @@ class SampleReuse(PerSampleKLTraining):
             return th.as_tensor(by_sample.T.flatten(), dtype=th.float32, device=self.device)
 
         def repeated(by_age: np.ndarray) -> th.Tensor:
-            return column(np.repeat(by_age, length)[:, None].repeat(self.rollout_buffer.n_envs, axis=1))
+            return column(np.repeat(by_age, lengths)[:, None].repeat(self.rollout_buffer.n_envs, axis=1))
 
         centre = column(np.concatenate([ratios for _, ratios in renewed]))
         positions = column(np.concatenate([kept.positions for kept in self._kept_rollouts]))
-        replayed = Replayed(repeated(number * weights), centre)
+        # The weight of a rollout is shared by its samples, and the mean over all samples is 1.
+        replayed = Replayed(repeated(weights * (sum(lengths) / np.array(lengths))), centre)
         return Pool(self._buffer_of(arrays), replayed, weights, positions, repeated(np.arange(number)))
 
     def _renewed(self, kept: KeptRollout) -> tuple[dict[str, Any], np.ndarray]:

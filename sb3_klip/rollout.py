@@ -16,6 +16,8 @@ from sb3_contrib.common.maskable.buffers import (
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples
 
+from sb3_klip.fast.standing_in import is_changed
+
 #: What the minibatches of SB3's and sb3-contrib's buffers are made of, by the type of the buffer.
 BUFFERS: dict[type[RolloutBuffer], Any] = {
     RolloutBuffer: RolloutBufferSamples,
@@ -66,8 +68,8 @@ def has_columns(buffer: RolloutBuffer) -> bool:
 
     :param buffer: any rollout buffer
     """
-    replaced = {"get", "_get_samples", "to_torch", "swap_and_flatten"} & vars(buffer).keys()
-    return type(buffer) in BUFFERS and not replaced and buffer.device.type == "cpu"
+    methods = ("get", "_get_samples", "to_torch", "swap_and_flatten")
+    return type(buffer) in BUFFERS and buffer.device.type == "cpu" and not is_changed(buffer, *methods)
 
 
 def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
@@ -117,7 +119,8 @@ def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterato
     same tensors in less time.
     """
     assert buffer.full
-    size = buffer.buffer_size * buffer.n_envs
+    size = int(buffer.buffer_size * buffer.n_envs)
+    batch_size = min(int(batch_size or size), size)  # of any kind of integer
     places = th.from_numpy(np.random.permutation(size))
     _flatten(buffer)
     is_dict = isinstance(buffer.observations, dict)
@@ -133,9 +136,8 @@ def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterato
     kind = BUFFERS[type(buffer)]
     if not gathered:
         samples = kind(observations if is_dict else observations[""], *columns)
-        yield from ((samples, indices) for indices in places.split(batch_size or size))
+        yield from ((samples, indices) for indices in places.split(batch_size))
         return
-    batch_size = min(batch_size or size, size)
     arrays = [*columns, *observations.values()]
     for block in places.split(_block_size(batch_size, arrays)):
         taken = [array.index_select(0, block).split(batch_size) for array in arrays]

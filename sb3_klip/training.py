@@ -43,12 +43,16 @@ class Update(NamedTuple):
     :param positions: position of each sample in its episode, if asked for
     :param ratio_bounds: least and greatest ratio of each action within a trust region, shape (2, N), if asked for
     :param ages: updates since each sample was collected, if asked for
+    :param ent_coef: weight of the entropy in the loss, likewise
+    :param vf_coef: weight of the value loss, likewise
     :param replayed: weight and clip centre of each sample, if it learns from more than the last rollout
     """
 
     coefficient: Coefficient
     clip_range: Any
     clip_range_vf: Any
+    ent_coef: Any
+    vf_coef: Any
     snapshot: PolicySnapshot | None
     positions: th.Tensor | None
     ratio_bounds: th.Tensor | None = None
@@ -135,11 +139,13 @@ class PerSampleKLTraining(Seam):
         if coefficient.needs_ratio_bounds:
             ratio_bounds = self.take_ratio_bounds(float(clip_range), coefficient.delta)
         self.policy.set_training_mode(True)
+        ent_coef: Any = self.ent_coef
+        vf_coef: Any = self.vf_coef
         if self.compile:
-            # Numbers would be compiled in, and compiled anew whenever a schedule changes them.
-            clip_range = self._tensor(clip_range)
+            # Numbers would be compiled in, and compiled anew whenever something changes them.
+            clip_range, ent_coef, vf_coef = (self._tensor(number) for number in (clip_range, ent_coef, vf_coef))
             clip_range_vf = None if clip_range_vf is None else self._tensor(clip_range_vf)
-        return Update(coefficient, clip_range, clip_range_vf, snapshot, positions, ratio_bounds, ages)
+        return Update(coefficient, clip_range, clip_range_vf, ent_coef, vf_coef, snapshot, positions, ratio_bounds, ages)
 
     def _present_clip_range(self) -> float:
         """Half-width ε of this update."""
@@ -262,7 +268,7 @@ class PerSampleKLTraining(Seam):
 
         # Without a closed form, -log π(a|s) estimates the entropy from the action that was taken.
         entropy_loss = -mean(-log_prob if entropy is None else entropy)
-        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        loss = policy_loss + update.ent_coef * entropy_loss + update.vf_coef * value_loss
         terms = terms._replace(loss=terms.loss.detach())
         return loss, Minibatch(terms, advantages, mask, value_loss.detach(), entropy_loss.detach(), replayed)
 
@@ -322,8 +328,8 @@ class PerSampleKLTraining(Seam):
             quantities["age"] = scatter_to_mask(update.ages[self._known(indices)].to(dtype), mask)
         return quantities
 
-    def _tensor(self, value: float) -> th.Tensor:
-        return th.tensor(value, dtype=th.float32, device=self.device)
+    def _tensor(self, value: Any) -> th.Tensor:
+        return th.as_tensor(value, dtype=th.float32, device=self.device)
 
     def _positions(self) -> th.Tensor:
         """Position of each sample in its episode, in the order of the flattened buffer."""

@@ -99,6 +99,34 @@ def test_csv_log_of_two_trainings(tmp_path):
     assert steps() == [64]
 
 
+def test_csv_log_keeps_rows_without_steps(tmp_path):
+    class Extra(BaseCallback):
+        def _on_step(self):
+            if self.n_calls % 32 == 0:
+                self.logger.record("extra/number", self.n_calls)
+                self.logger.dump(self.num_timesteps)
+            return True
+
+    model, path = PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL), tmp_path / "progress.csv"
+    model.learn(128, callback=[Extra(), CSVLogCallback(path)])
+    before = pd.read_csv(path)
+    assert before["time/total_timesteps"].isna().any()
+    model.learn(64, callback=CSVLogCallback(path), reset_num_timesteps=False)
+    pd.testing.assert_frame_equal(pd.read_csv(path)[before.columns].head(len(before)), before)
+
+
+def test_histograms_of_a_training_of_its_own(tmp_path):
+    model, shown = KLipPPO("MlpPolicy", "CartPole-v1", **TINY_MODEL).learn(64), []
+
+    class Shown(BetaHistogramCallback):
+        def _on_rollout_start(self):
+            super()._on_rollout_start()
+            shown.append("train/beta" in self.logger.name_to_value)
+
+    model.learn(128, callback=Shown())
+    assert shown == [False, True]
+
+
 def test_csv_log_after_an_exception(tmp_path):
     """With a logger of the user's, which is the same in the next training."""
 

@@ -13,6 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 
 from sb3_klip import KLipPPO
+from sb3_klip.coefficients import make
 
 
 @pytest.mark.parametrize(("ours", "name"), VARIANTS)
@@ -221,3 +222,32 @@ def test_saving_to_open_files(tmp_path):
     assert_predicts_alike(KLipPPO.load(tmp_path / "model"), model)
     with pytest.raises(ValueError, match="writable"), (tmp_path / "model").open("rb") as file:
         model.save(file)
+
+
+# -- arguments of load -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_file_has_learned_is_for_the_same_coefficient():
+    checkpoint = content(small(KLipPPO, task("box"), beta="adaptive").learn(128))
+    learned = load(checkpoint).beta.state_dict()
+    assert learned != make("adaptive").state_dict()
+    assert load(checkpoint, beta="adaptive").beta.state_dict() == learned
+    assert load(checkpoint, beta="adaptive", beta_kwargs={"initial": 5.0}).beta.state_dict() != learned
+    own = make("adaptive")
+    own.load_state_dict({"value": 7.0})
+    assert load(checkpoint, beta=own).beta.state_dict() == {"value": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"n_epochs": 0}, ValueError, "n_epochs=0 must be a whole number, at least 1"),
+        ({"log_kl": "yes"}, TypeError, "log_kl='yes' must be True or False"),
+        ({"compile": {"backend": "nope"}}, ValueError, "backend='nope' must be one of"),
+        ({"compile": 1}, TypeError, "compile must be True, False or a dict"),
+    ],
+)
+def test_wrong_arguments_are_refused_as_by_the_constructor(arguments, error, message):
+    checkpoint = content(small(KLipPPO, task("box")))
+    with pytest.raises(error, match=message):
+        load(checkpoint, **arguments)

@@ -322,3 +322,18 @@ def test_the_state_to_resume_from_is_code(marker):
         load(checkpoint, env=task("box"), trusted=False, resume=True)
     load(checkpoint, env=task("box"))
     assert not written(marker)
+
+
+@pytest.mark.parametrize("place", ["beta", "base", "within"])
+def test_text_that_names_code_to_import(place, tmp_path):
+    """Also as the base of a coefficient, which is made by its name like any other."""
+    code = {"base": "subprocess:Popen", "base_kwargs": {"args": ["touch", str(tmp_path / "written")]}}
+    data = {
+        "beta": {"beta": "subprocess:Popen", "beta_kwargs": code["base_kwargs"]},
+        "base": {"beta": "position", "beta_kwargs": code},
+        "within": {"beta": "position", "beta_kwargs": {"base": "position", "base_kwargs": code}},
+    }[place]
+    checkpoint = edited(content(small(KLipPPO, task("box"))), data)
+    with pytest.raises(ValueError, match=r"its coefficient is '.*', which is code to import"):
+        load(checkpoint, trusted=False)
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ If an algorithm maximises E[ℓ(w, Â)], its coefficient is β = w (∂ℓ/∂w 
 
 import math
 
+import numpy as np
 import pytest
 import torch as th
 from hypothesis import assume, given
@@ -604,3 +605,22 @@ def test_one_sample_and_uniform_batches(name):
                 greatest_ratio=zeros + 1.3,
             )
             assert th.autograd.grad(loss, log_prob)[0].isfinite().all()
+
+
+def test_models_with_the_same_base_share_no_state():
+    base = make("adaptive")
+    first, second = (make("position", base=base) for _ in range(2))
+    first.end_update(10.0)
+    assert first.state_dict() != second.state_dict() == base.state_dict()
+
+
+def test_numbers_of_numpy_are_parameters():
+    assert make("linear_ramp", width=np.float64(0.1)).parameters == {"width": 0.1}
+    assert isinstance(make("linear_ramp", width=np.float32(0.1)).parameters["width"], float)
+
+
+def test_a_whole_number_stays_one():
+    def repeated(ratio, advantages, clip_range, *, times=2):
+        return sum(ratio for _ in range(times))
+
+    assert make(repeated, times=3)(th.ones(2), th.ones(2), 0.2)[0].tolist() == [3, 3]

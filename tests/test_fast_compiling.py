@@ -1,6 +1,7 @@
 """The compiled update: the same up to rounding, and nothing compiled twice."""
 
 import copy
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -38,6 +39,11 @@ QUICK = {"backend": "aot_eager"}
         ({"backnd": "eager"}, TypeError, "Did you mean 'backend'"),
         ({"backend": "inductr"}, ValueError, "Did you mean 'inductor'"),
         ({"mode": "max-autotun"}, ValueError, "Did you mean 'max-autotune'"),
+        (
+            {"mode": "default", "options": {"cpp_wrapper": True}},
+            ValueError,
+            "has a mode and options",
+        ),
         ({"options": {"cpp_wraper": True}}, ValueError, "Did you mean 'cpp_wrapper'"),
     ],
 )
@@ -210,3 +216,23 @@ def test_validation_is_put_back_when_the_last_of_several_threads_leaves() -> Non
     assert Distribution._validate_args is False
     second.__exit__(None, None, None)
     assert Distribution._validate_args is checked
+
+
+def test_no_arguments_are_the_defaults() -> None:
+    assert KLipPPO("MlpPolicy", "Pendulum-v1", compile={}).compile is True
+
+
+def test_each_of_many_models_is_compiled() -> None:
+    """torch compiles one function a few times only, and then no more in this process."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "target_kl": 10.0, "compile": {"backend": backend}}
+    numbers = []
+    for width in range(2, 13):
+        KLipPPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [width]}, **small).learn(8)
+        numbers.append(len(compiled))
+    assert all(after > before for before, after in itertools.pairwise([0, *numbers]))

@@ -249,3 +249,74 @@ def test_a_policy_may_rule_an_action_out() -> None:
     ours, theirs = trained(KLipPPO), trained(PPO)
     assert all(map(th.equal, ours.policy.parameters(), theirs.policy.parameters()))
     assert set(ours.rollout_buffer.actions.flatten()) == {1}
+
+
+class Half(th.nn.Sequential):
+    def forward(self, value: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        return 0.5 * super().forward(value)
+
+
+class Residual(th.nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = th.nn.Linear(width, width)
+
+    def forward(self, value: th.Tensor) -> th.Tensor:
+        return value + self.inner(value)
+
+
+def own_network(policy: Any) -> None:
+    policy.mlp_extractor.policy_net = Half(*policy.mlp_extractor.policy_net)
+
+
+def residual_network(policy: Any) -> None:
+    policy.mlp_extractor.value_net = Residual(3)
+    policy.value_net = th.nn.Linear(3, 1)
+
+
+def bare_layer(policy: Any) -> None:
+    policy.mlp_extractor.value_net = th.nn.Linear(3, 64)
+
+
+def own_flattening(policy: Any) -> None:
+    policy.features_extractor.flatten = Half(th.nn.Flatten())
+
+
+def own_actor(policy: Any) -> None:
+    actor = policy.mlp_extractor.forward_actor
+    policy.mlp_extractor.forward_actor = lambda features: 0.5 * actor(features)
+
+
+def own_density(policy: Any) -> None:
+    log_prob = policy.action_dist.log_prob
+    policy.action_dist.log_prob = lambda actions: log_prob(actions) - 1
+
+
+def fixed_deviation(policy: Any) -> None:
+    log_std = policy.log_std.detach()
+    del policy.log_std
+    policy.register_buffer("log_std", log_std)
+
+
+def precise_deviation(policy: Any) -> None:
+    policy.log_std = th.nn.Parameter(policy.log_std.detach().double())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(own_network, residual_network, bare_layer, own_flattening, own_actor, own_density),
+        *(fixed_deviation, precise_deviation),
+    ],
+)
+def test_parts_of_the_policy_that_were_replaced(change: Callable[[Any], None]) -> None:
+    def trained(algorithm: type[PPO]) -> PPO:
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL)
+        change(model.policy)
+        kind, arguments = model.policy.optimizer_class, model.policy.optimizer_kwargs
+        model.policy.optimizer = kind(model.policy.parameters(), lr=3e-3, **arguments)
+        return model.learn(200)
+
+    ours, theirs = trained(KLipPPO), trained(PPO)
+    assert_identical(ours, theirs)
+    np.testing.assert_array_equal(ours.rollout_buffer.log_probs, theirs.rollout_buffer.log_probs)

@@ -447,3 +447,17 @@ def test_all_samples_in_one_minibatch() -> None:
         return learner.learn(STEPS)
 
     assert_same(trained(KLipPPO), trained(PPO))
+
+
+def test_a_weight_of_the_loss_that_changes_is_an_input() -> None:
+    def decaying(algorithm: type[Any]) -> Any:
+        learner = model(algorithm, ent_coef=0.1)
+        for number in range(12):
+            learner.learn(64, reset_num_timesteps=False)
+            learner.ent_coef = 0.1 / (number + 2)
+        return learner
+
+    ours = decaying(KLipPPO)
+    assert ours.update_path == "traced"
+    assert len(traced(ours)) == 4  # for two sizes of minibatches, with the first weight and with any
+    assert_same(ours, decaying(PPO))

@@ -3,7 +3,20 @@
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
+import pytest
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
+from torch.distributions import Normal
+
+from sb3_klip import KLipPPO
 from sb3_klip.fast.standing_in import StandIn, is_replaced, standing_in
 
 
@@ -56,3 +69,36 @@ def test_what_somebody_puts_in_its_place_stays() -> None:
     assert counter.count() == 5
     assert is_replaced(counter, "count")
     assert not is_replaced(counter, "number_of_nothing")
+
+
+#: Functions that the fast paths do without. Each is called by PPO.
+PATCHED = [
+    *((ActorCriticPolicy, name) for name in ("forward", "extract_features", "_get_action_dist_from_latent")),
+    *((MlpExtractor, name) for name in ("forward", "forward_actor")),
+    *((DiagGaussianDistribution, name) for name in ("sample", "log_prob")),
+    *((Normal, name) for name in ("rsample", "log_prob")),
+    *((nn.Linear, "forward"), (nn.Tanh, "forward")),
+    *((DummyVecEnv, name) for name in ("step_wait", "_save_obs")),
+    *((RolloutBuffer, name) for name in ("add", "get", "_get_samples")),
+    *((th.optim.Adam, "step"), (nn.utils, "clip_grad_norm_")),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), PATCHED)
+def test_what_is_patched_in_its_class_is_called_as_often_as_by_ppo(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    numbers = []
+    for algorithm in (PPO, KLipPPO):
+        model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu")
+        with mock.patch.object(owner, name, counted):
+            model.learn(128)
+        numbers.append(len(calls))
+        calls.clear()
+    assert numbers[0] > 0
+    assert numbers[1] == numbers[0]

@@ -102,3 +102,33 @@ def test_another_number_of_threads_is_compiled_for_anew() -> None:
     finally:
         th.set_num_threads(threads)
     assert len(whole_step._STEPS[model]) == 4
+
+
+def test_weights_of_the_loss_are_inputs() -> None:
+    """A callback that lowers the entropy's weight compiles nothing anew."""
+
+    def decaying(**kwargs: Any) -> KLipPPO:
+        model = KLipPPO("MlpPolicy", "Pendulum-v1", ent_coef=0.1, **SMALL, **kwargs)
+        for number in range(3):
+            model.learn(100, reset_num_timesteps=False)
+            model.ent_coef, model.vf_coef = 0.1 / (number + 2), 0.5 + number
+        return model
+
+    ours, eager = decaying(compile=QUICK), decaying()
+    assert len(whole_step._STEPS[ours]) == 2  # whole minibatches, and the last of an epoch
+    for mine, other in zip(ours.policy.parameters(), eager.policy.parameters(), strict=True):
+        th.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_module_that_is_set_otherwise() -> None:
+    def trained_with_two_slopes(**kwargs: Any) -> KLipPPO:
+        model = KLipPPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"activation_fn": th.nn.LeakyReLU}, **SMALL, **kwargs)
+        model.learn(100)
+        for module in model.policy.modules():
+            if isinstance(module, th.nn.LeakyReLU):
+                module.negative_slope = 0.5
+        return model.learn(100, reset_num_timesteps=False)
+
+    ours, eager = trained_with_two_slopes(compile=QUICK), trained_with_two_slopes()
+    for mine, other in zip(ours.policy.parameters(), eager.policy.parameters(), strict=True):
+        th.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)

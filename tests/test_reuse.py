@@ -14,11 +14,13 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from scipy.optimize import brentq
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
+from sb3_klip.fast.optimizer import _number
 from sb3_klip.replay import optimal_weights
 from sb3_klip.reuse import SampleReuse
 
@@ -40,6 +42,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("reuse", [1, [1.0]])
 def test_one_rollout_is_ppo_with_no_operation_more(reuse, monkeypatch):
     def operations(algorithm, **kwargs):
+        _number.cache_clear()  # or the first training would make more tensors
         with Operations() as seen:
             model, _ = train(algorithm, "MlpPolicy", pendulum, 192, **FAST, **kwargs)
         return model, seen.names
@@ -373,3 +376,57 @@ def test_what_is_kept_is_said(capsys):
 def test_weights_that_grow_with_age_are_a_warning():
     with pytest.warns(UserWarning, match=r"reuse=\[0.4, 0.6\] weighs older rollouts more"):
         KLipPPO("MlpPolicy", pendulum(), reuse=[0.4, 0.6])
+
+
+@pytest.mark.parametrize("how", ["set", "loaded", "resumed"])
+def test_without_reuse_it_is_ppo_again(how, tmp_path):
+    """Neither rollouts that were kept nor the learning rate that was adapted outlive the reuse."""
+    kwargs = {**FAST, "seed": 0, "device": "cpu"}
+    model = KLipPPO("MlpPolicy", pendulum(), **kwargs, reuse=3).learn(64 * 6)
+    assert model._learning_rate_scale != 1
+    model.save(tmp_path / "model", resumable=how == "resumed")
+    if how == "set":
+        model.reuse = 1
+    else:
+        model = KLipPPO.load(tmp_path / "model", env=pendulum(), reuse=1, resume=how == "resumed")
+    learned_from, begin_update = [], model._begin_update
+
+    def begin():
+        learned_from.append((model.rollout_buffer.buffer_size, model.rollout_buffer.log_probs.sum()))
+        return begin_update()
+
+    class Sums(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            sums.append((64, self.model.rollout_buffer.log_probs.sum()))
+
+    sums = []
+    model._begin_update = begin
+    if how == "resumed":
+        model.learn(64 * 8, callback=Sums())
+    else:
+        model.learn(64 * 2, callback=Sums(), reset_num_timesteps=False)
+    assert learned_from == sums
+    assert len(sums) == 2
+    assert model.policy.optimizer.param_groups[0]["lr"] == FAST["learning_rate"]
+
+
+def test_rollouts_of_two_lengths(tmp_path):
+    """Resumed with another ``n_steps``, a rollout counts by its weight, whatever its number of samples."""
+    model = KLipPPO("MlpPolicy", pendulum(), **{**FAST, "reuse": 2}, seed=0).learn(64 * 2)
+    model.save(tmp_path / "model", resumable=True)
+    loaded = KLipPPO.load(tmp_path / "model", env=pendulum(), resume=True, n_steps=128)
+    seen = []
+
+    def pooled(original=loaded._pooled):
+        seen.append(original())
+        return seen[-1]
+
+    loaded._pooled = pooled
+    loaded.learn(64 * 2 + 128)
+    weights = seen[0].replayed.weights
+    assert weights.shape == (192,)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights[:128].sum().item() == pytest.approx(weights[128:].sum().item())

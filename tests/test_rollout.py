@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch as th
-from helpers import FAST, pendulum
+from helpers import FAST, assert_identical, pendulum, train
+from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
@@ -81,3 +82,11 @@ def test_minibatches_of_sb3s_buffer_are_its_own(batch_size, block, monkeypatch):
         assert th.equal(th.from_numpy(buffer.values.flatten())[indices], samples.old_values)
         # Where a tensor begins elsewhere than at a cache line, products of matrices may be rounded otherwise.
         assert all(value.data_ptr() % 64 == 0 for value in found)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32])
+def test_minibatches_of_a_size_of_numpy(kind):
+    ours, theirs = (
+        train(algorithm, "MlpPolicy", pendulum, 128, **{**FAST, "batch_size": kind(24)})[0] for algorithm in (KLipPPO, PPO)
+    )
+    assert_identical(ours, theirs)

@@ -7,8 +7,10 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import zoo_schedule
+from sb3_klip.coefficients.coefficient import Coefficient
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 
@@ -35,6 +37,8 @@ class LoadArguments:
         for name in ("beta", "beta_kwargs"):
             if name in given:
                 self.kwargs.setdefault(name, given.pop(name))
+        check_arguments({**given, **self.kwargs})
+        self._has_state = isinstance(self.kwargs.get("beta"), Coefficient)
         if "beta" in self.kwargs:
             self.kwargs["beta"] = make_beta(self.kwargs["beta"], self.kwargs.setdefault("beta_kwargs", None))
         self.given = given
@@ -66,6 +70,10 @@ class LoadArguments:
             self._source = str(file)
         self.objects.update({name: self._found.get(name, self._default(name)) for name in self.lost})
         self.objects.update(self.given)
+        # What the file's coefficient has learned is for the same one, with the same parameters, and not for the caller's own.
+        saved = (checkpoint.data.get("beta"), checkpoint.data.get("beta_kwargs"))
+        if (beta := self.kwargs.get("beta")) is not None and (self._has_state or (beta.name, beta.parameters) != saved):
+            self.objects["beta_state"] = {}
         if "beta_kwargs" in self.kwargs and "beta" not in self.kwargs:
             # Other parameters than the file's must fit its coefficient, whereas its own are allowed to be unknown.
             beta = self.objects.get("beta", checkpoint.data.get("beta", "step"))

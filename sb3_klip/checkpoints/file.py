@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch as th
@@ -204,9 +204,10 @@ class Checkpoint(NamedTuple):
             if any(th.load(io.BytesIO(tensors), map_location="cpu", weights_only=True) for tensors in self.tensors):
                 raise ValueError(f"{self.name} is refused, as it is not trusted: its pytorch_variables.pth is not empty")
             # Text in the file must not name a module to import, a folder to write to or a program to compile with.
-            if isinstance(beta := objects.get("beta", self.data.get("beta")), str) and ":" in beta:
+            given = [objects.get(name, self.data.get(name)) for name in ("beta", "beta_kwargs")]
+            if imported := next((text for text in _texts(given) if ":" in text), None):
                 raise ValueError(
-                    f"{self.name} is refused, as it is not trusted: its coefficient is {beta!r}, which is code to import. "
+                    f"{self.name} is refused, as it is not trusted: its coefficient is {imported!r}, which is code to import. "
                     "Give another with beta=…, or load it with trusted=True."
                 )
             objects.update({name: None for name in ("tensorboard_log", "env", "compile") if name in self.data})
@@ -258,6 +259,17 @@ class Checkpoint(NamedTuple):
         if folder is None or not (file := folder / "config.yml").is_file():
             return None
         return file, read_zoo_yaml(file)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of plain data, the keys of dictionaries included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, Iterable):
+        for each in value:
+            yield from _texts(each)
 
 
 def base_algorithm(model_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch as th
 
 from sb3_klip.coefficients.parameters import Parameter, check_names
@@ -54,7 +55,8 @@ class Coefficient:
         self.name = name
         #: The quantities that it requests, see :data:`QUANTITIES`.
         self._order, self.requests, self._declared = _read_signature(function, name)
-        given = dict(parameters or {})
+        # NumPy's numbers as Python's, which files hold.
+        given = {key: value.item() if isinstance(value, np.generic) else value for key, value in (parameters or {}).items()}
         check_names(given, self._declared, name)
         #: Its parameters, as they were given: numbers or schedules.
         self.settings = {key: given.get(key, declared.default) for key, declared in self._declared.items()}

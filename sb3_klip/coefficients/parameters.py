@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import torch as th
@@ -112,7 +113,7 @@ class Parameter:
         :param progress_remaining: from 1 (start) to 0 (end of training)
         :param owner: name of the coefficient, for the message
         """
-        if self.interval is None or given is None:
+        if self.interval is None or given is None or isinstance(given, int):  # a whole number stays one
             return given
         number = at_progress(given, progress_remaining, f"{self.name} of {owner!r}")
         if math.isnan(number):
@@ -137,7 +138,7 @@ def at_progress(value: Any, progress_remaining: float, name: str) -> float:
             pass
     elif callable(value):
         return float(value(progress_remaining))
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
     raise TypeError(
         f"{name} must be a number, a schedule such as 'lin_0.1', or a function of the remaining progress, not {value!r}"

@@ -7,7 +7,7 @@ import torch as th
 
 from sb3_klip.coefficients.coefficient import Coefficient
 from sb3_klip.coefficients.parameters import NonNegative, Positive, constant_like
-from sb3_klip.coefficients.registry import make, register
+from sb3_klip.coefficients.registry import make_beta, register
 
 
 class Product(Coefficient):
@@ -118,7 +118,7 @@ def position(
     :raises ValueError: if ``base`` is itself scaled by the position
     """
     factor = Coefficient(ramp_over_episode, "position", {"start": start, "end": end, "horizon": horizon})
-    scaled = make(base, **(base_kwargs or {}))
+    scaled = make_beta(base, base_kwargs)
     if isinstance(scaled, Product):
         raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}

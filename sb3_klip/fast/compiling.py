@@ -1,6 +1,7 @@
 """The loss compiled by ``torch.compile``, where the whole step cannot be: equal to the eager loss up to rounding."""
 
 import inspect
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,9 @@ def compiled_loss(model: Any) -> Callable[..., Any]:
         with unvalidated_distributions():
             if model not in _COMPILED:
                 options = {} if model.compile is True else dict(model.compile)
-                _COMPILED[model] = th.compile(_loss, **options)
+                # A function of its own for each model: torch compiles one function for a few models only.
+                own = types.FunctionType(_loss.__code__.replace(), _loss.__globals__)
+                _COMPILED[model] = th.compile(own, **options)
             return _COMPILED[model](model, *args)
 
     return compute
@@ -59,6 +62,8 @@ def check_compile(options: bool | dict[str, Any]) -> None:
         if name not in allowed:
             hint = did_you_mean(name, allowed)
             raise TypeError(f"compile has {name!r}, which is not an argument of torch.compile: {', '.join(allowed)}.{hint}")
+    if given.keys() >= {"mode", "options"}:
+        raise ValueError(f"compile={options!r} has a mode and options, and torch.compile takes one of them")
     backend = given.get("backend", "inductor")
     backends = th.compiler.list_backends(exclude_tags=None)
     if isinstance(backend, str) and backend not in backends:

@@ -13,14 +13,26 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn, tanh
 from torch.distributions import Categorical, Distribution, Normal
-from torch.nn import Linear, Tanh
+from torch.nn import Flatten, Linear, Sequential, Tanh
 from torch.nn.functional import linear
 
 from sb3_klip.fast.observers import hooks_of, reason_in_torch
-from sb3_klip.fast.standing_in import StandIn, is_replaced
+from sb3_klip.fast.standing_in import StandIn, is_patched, is_replaced
 
-#: Methods of the policy that the short way does without, and that somebody may have replaced on the object.
+#: Methods that the short way does without, and that somebody may have replaced: of the policy, its extractor, and its
+#: distribution.
 _METHODS = ("extract_features", "_get_action_dist_from_latent")
+_EXTRACTOR_METHODS = ("forward", "forward_actor", "forward_critic")
+_DISTRIBUTION_METHODS = ("proba_distribution", "get_actions", "sample", "mode", "log_prob")
+#: All that the short way does without.
+_FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    ActorCriticPolicy: _METHODS,
+    MlpExtractor: _EXTRACTOR_METHODS,
+    **dict.fromkeys((FlattenExtractor, Flatten, Sequential, Linear, Tanh), ("forward",)),
+    **dict.fromkeys((DiagGaussianDistribution, CategoricalDistribution), _DISTRIBUTION_METHODS),
+    Normal: ("__init__", "rsample", "log_prob"),
+    Categorical: ("__init__", "sample", "log_prob"),
+}
 #: Distributions that are drawn from in fewer calls.
 _DISTRIBUTIONS = (DiagGaussianDistribution, CategoricalDistribution)
 
@@ -39,6 +51,7 @@ def has_short_forward(policy: Any) -> bool:
         and isinstance(policy.observation_space, spaces.Box)
         and not is_image_space(policy.observation_space)
         and policy.device.type == "cpu"
+        and not any(is_patched(owner, *names) for owner, names in _FUNCTIONS.items())
     )
 
 
@@ -68,18 +81,28 @@ class ShortForward(StandIn):
         kind = type(action_dist)
         modules = policy._modules  # an attribute of a module takes ten times as long to find
         extractor, features = modules["mlp_extractor"], modules["features_extractor"]
-        is_known = type(extractor) is MlpExtractor and type(features) is FlattenExtractor and kind in _DISTRIBUTIONS
+        networks = extractor._modules
+        is_known = (
+            type(extractor) is MlpExtractor
+            and type(features) is FlattenExtractor
+            and kind in _DISTRIBUTIONS
+            and type(networks["policy_net"]) is type(networks["value_net"]) is Sequential
+            and type(features._modules["flatten"]) is Flatten
+        )
         if not is_known or deterministic or th.is_grad_enabled():
             return type(policy).forward(policy, obs, deterministic)
-        networks = extractor._modules
         actor = (*networks["policy_net"]._modules.values(), modules["action_net"])
         critic = (*networks["value_net"]._modules.values(), modules["value_net"])
-        if self._is_watched((features, *features._modules.values(), extractor, *networks.values(), *actor, *critic)):
+        watched = self._is_watched((features, *features._modules.values(), extractor, *networks.values(), *actor, *critic))
+        if watched or is_replaced(extractor, *_EXTRACTOR_METHODS) or is_replaced(action_dist, *_DISTRIBUTION_METHODS):
             return type(policy).forward(policy, obs, deterministic)
         seen = obs.float().flatten(1)
         latent, values = _through(actor, seen), _through(critic, seen)
         if kind is DiagGaussianDistribution:
-            std, *others = self.deviation.of(policy._parameters["log_std"], latent)
+            log_std = policy._parameters.get("log_std")
+            if log_std is None or log_std.dtype != latent.dtype:
+                return type(policy).forward(policy, obs, deterministic)
+            std, *others = self.deviation.of(log_std, latent)
             action_dist.distribution = _unchecked(Normal, latent.shape, loc=latent, scale=std)
             drawn, log_prob = _gaussian(latent, *others)
             return th.from_numpy(drawn.reshape(-1, *policy.action_space.shape)), values, log_prob

@@ -55,6 +55,9 @@ WORTH = 4_000_000
 MOST_GRAPHS = 16
 
 _TRACING = threading.Lock()
+#: Weights of parts of the loss, which a callback may change; and what stands in their place once one has.
+_WEIGHTS = ("ent_coef", "vf_coef")
+_VARYING = "varying"
 
 
 #: The graph of the gradients, and the one of what a coefficient is given that may change.
@@ -68,6 +71,8 @@ class Graphs:
         self.traced: dict[Any, Traced] = {}
         self.uses: dict[Any, int] = {}
         self.given_up = ""
+        #: Weights of entropy and value loss, as long as they stay the same; then they are inputs of the graphs.
+        self.weights: Any = None
 
 
 # By model, so that a copy of a model, or one that is pickled, does not carry the other's.
@@ -131,6 +136,17 @@ def _reasons_in(policy: Any) -> Iterator[str]:
         yield "the optimizer is not that of the policy's parameters"
 
 
+def structure_of(policy: Any) -> tuple[Any, ...]:
+    """
+    What a graph of a policy depends on beside the numbers in its parameters.
+
+    :param policy: the policy
+    :return: its modules and their settings, such as a negative slope, and its parameters
+    """
+    modules = list(policy.modules())
+    return (*map(id, modules), *(module.extra_repr() for module in modules), *map(id, policy.parameters()))
+
+
 def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     What computes the minibatches of one update.
@@ -142,10 +158,16 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
-    coefficient, constants = update.coefficient, constants_of(update)
+    weights = (update.ent_coef, update.vf_coef)
+    are_numbers = not any(isinstance(weight, th.Tensor) for weight in weights)
+    graphs.weights = weights if are_numbers and graphs.weights in (None, weights) else _VARYING
+    varied = update
+    if graphs.weights is _VARYING:
+        varied = update._replace(**{name: th.as_tensor(getattr(update, name), dtype=th.float64) for name in _WEIGHTS})
+    coefficient, constants = update.coefficient, constants_of(varied)
     in_graph = repr(coefficient) if coefficient.is_constant else (coefficient.requests, coefficient.estimator)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, in_graph, update.replayed is None)
-    structure = (*map(id, model.policy.modules()), *map(id, parameters))
+    numbers = (graphs.weights, model.normalize_advantage, in_graph, update.replayed is None)
+    structure = structure_of(model.policy)
     of_rollout = (update.snapshot, update.positions, update.ratio_bounds, update.ages, update.replayed)
     needs_indices = any(each is not None for each in of_rollout)
     ready: dict[int, Callable[..., Any]] = {}
@@ -180,7 +202,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         eager = (th.autograd.grad(loss, parameters), minibatch, getattr(asked, "given", {}))
         try:
             if key not in graphs.traced:
-                graphs.traced[key] = _traced(model, rollout_data, update, rows, constants)
+                graphs.traced[key] = _traced(model, rollout_data, varied, rows, constants)
             run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
             found = run(rows_of(moved, indices if needs_indices else None), asked)
         except Exception as error:  # whatever torch, or what it traces, may raise

@@ -9,6 +9,8 @@ import torch as th
 from torch.optim.adam import adam
 from torch.optim.optimizer import _get_scalar_dtype, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from sb3_klip.fast.standing_in import is_patched
+
 #: Takes the loss, or the gradients of all parameters.
 Step = Callable[[Any], th.Tensor]
 
@@ -124,6 +126,8 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     all_hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
     # A scheduler counts the calls of step, and may have put its own in its place.
     if any(group[choice] for choice in choices) or any(own_hooks) or any(all_hooks) or "step" in vars(optimizer):
+        return False
+    if is_patched(type(optimizer), "step") or is_patched(th.nn.utils, "clip_grad_norm_"):
         return False
     if len(group["params"]) != len(parameters) or any(a is not b for a, b in zip(group["params"], parameters, strict=True)):
         return False

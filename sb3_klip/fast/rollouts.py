@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from sb3_klip.fast.forward import ShortForward, has_short_forward
-from sb3_klip.fast.standing_in import StandIn, is_replaced, standing_in
+from sb3_klip.fast.standing_in import StandIn, is_changed, is_replaced, standing_in
 
 #: Types whose values a deep copy hands on, or might as well, as nothing can change them.
 _IMMUTABLE = {type(None), bool, int, float, complex, str, bytes, np.bool_, np.int64, np.float32, np.float64}
@@ -34,11 +34,11 @@ def short_rollout(policy: Any, env: Any, buffer: Any) -> Iterator[None]:
     while isinstance(env, VecEnvWrapper):
         env = env.venv
     functions: list[StandIn] = []
-    if has_short_forward(policy) and not is_replaced(policy, "forward"):
+    if has_short_forward(policy) and not is_changed(policy, "forward"):
         functions.append(ShortForward(policy))
-    if type(env) is DummyVecEnv and env.keys == [None] and not is_replaced(env, *_ENV_METHODS):
+    if type(env) is DummyVecEnv and env.keys == [None] and not is_changed(env, *_ENV_METHODS):
         functions.append(ShortStep(env))
-    if type(buffer) is RolloutBuffer and buffer.device.type == "cpu" and not is_replaced(buffer, "add"):
+    if type(buffer) is RolloutBuffer and buffer.device.type == "cpu" and not is_changed(buffer, "add"):
         functions.append(ShortAdd(buffer))
     with standing_in(functions):
         yield

@@ -2,7 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
+
+import sb3_contrib
+import stable_baselines3
+import torch as th
 
 
 class StandIn:
@@ -53,3 +58,28 @@ def is_replaced(owner: Any, *methods: str) -> bool:
         if name in attributes and getattr(attributes[name], "__func__", None) is not getattr(type(owner), name):
             return True
     return False
+
+
+def is_changed(owner: Any, *methods: str) -> bool:
+    """
+    Whether an object of Stable-Baselines3 has other methods than those that its class was written with.
+
+    :param owner: the object
+    :param methods: their names
+    """
+    return is_replaced(owner, *methods) or is_patched(type(owner), *methods)
+
+
+#: Where the code of these packages lies.
+_PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (stable_baselines3, sb3_contrib, th))
+
+
+def is_patched(owner: Any, *functions: str) -> bool:
+    """
+    Whether somebody has replaced a function of Stable-Baselines3 or torch, as ``unittest.mock.patch.object`` does.
+
+    :param owner: the class, or the module
+    :param functions: their names
+    """
+    codes = (getattr(getattr(owner, name), "__code__", None) for name in functions)
+    return any(code is None or not code.co_filename.startswith(_PACKAGES) for code in codes)

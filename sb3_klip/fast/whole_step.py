@@ -14,7 +14,7 @@ import torch as th
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sb3_klip.diagnostics import Minibatch
-from sb3_klip.fast.graph import MOST_GRAPHS, reason_against
+from sb3_klip.fast.graph import MOST_GRAPHS, reason_against, structure_of
 from sb3_klip.fast.optimizer import can_be_one_tensor
 from sb3_klip.fast.pure import constants_of, logged, pure_loss, rows_of
 from sb3_klip.fast.validation import unvalidated_distributions
@@ -61,10 +61,9 @@ def whole_step(model: Any, update: Any) -> Iterator[Callable[..., tuple[th.Tenso
     settings = {key: value for key, value in group.items() if key not in ("params", "lr")}
     steps_made = _STEPS.setdefault(model, {})
     constants = constants_of(update)
-    numbers = (model.ent_coef, model.vf_coef, model.normalize_advantage, model.max_grad_norm, repr(update.coefficient))
+    numbers = (model.normalize_advantage, model.max_grad_norm, repr(update.coefficient))
     structure = (
-        *map(id, model.policy.modules()),
-        *map(id, parameters),
+        *structure_of(model.policy),
         update.replayed is None,
         *settings.items(),
         th.get_num_threads(),
