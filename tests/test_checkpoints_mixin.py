@@ -227,12 +227,9 @@ def test_saving_to_open_files(tmp_path):
 # -- arguments of load -----------------------------------------------------------------------------------------------------
 
 
-def test_what_the_file_has_learned_is_for_the_same_coefficient():
+def test_what_the_file_has_learned_is_not_for_an_object():
     checkpoint = content(small(KLipPPO, task("box"), beta="adaptive").learn(128))
-    learned = load(checkpoint).beta.state_dict()
-    assert learned != make("adaptive").state_dict()
-    assert load(checkpoint, beta="adaptive").beta.state_dict() == learned
-    assert load(checkpoint, beta="adaptive", beta_kwargs={"initial": 5.0}).beta.state_dict() != learned
+    assert load(checkpoint, beta="adaptive").beta.state_dict() != make("adaptive").state_dict()
     own = make("adaptive")
     own.load_state_dict({"value": 7.0})
     assert load(checkpoint, beta=own).beta.state_dict() == {"value": 7.0}

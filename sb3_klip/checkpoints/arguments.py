@@ -70,9 +70,8 @@ class LoadArguments:
             self._source = str(file)
         self.objects.update({name: self._found.get(name, self._default(name)) for name in self.lost})
         self.objects.update(self.given)
-        # What the file's coefficient has learned is for the same one, with the same parameters, and not for the caller's own.
-        saved = (checkpoint.data.get("beta"), checkpoint.data.get("beta_kwargs"))
-        if (beta := self.kwargs.get("beta")) is not None and (self._has_state or (beta.name, beta.parameters) != saved):
+        # What the file's coefficient has learned is for one that is named, and not for an object, which has its own.
+        if self._has_state:
             self.objects["beta_state"] = {}
         if "beta_kwargs" in self.kwargs and "beta" not in self.kwargs:
             # Other parameters than the file's must fit its coefficient, whereas its own are allowed to be unknown.
