@@ -222,6 +222,7 @@ def test_no_arguments_are_the_defaults() -> None:
     assert KLipPPO("MlpPolicy", "Pendulum-v1", compile={}).compile is True
 
 
+@pytest.mark.slow
 def test_each_of_many_models_is_compiled() -> None:
     """torch compiles one function a few times only, and then no more in this process."""
     compiled: list[int] = []

@@ -95,9 +95,9 @@ def test_what_is_patched_in_its_class_is_called_as_often_as_by_ppo(owner: Any, n
 
     numbers = []
     for algorithm in (PPO, KLipPPO):
-        model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu")
+        model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=32, batch_size=16, n_epochs=1, seed=0, device="cpu")
         with mock.patch.object(owner, name, counted):
-            model.learn(128)
+            model.learn(64)
         numbers.append(len(calls))
         calls.clear()
     assert numbers[0] > 0

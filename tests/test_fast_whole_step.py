@@ -120,6 +120,7 @@ def test_weights_of_the_loss_are_inputs() -> None:
         th.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_module_that_is_set_otherwise() -> None:
     def trained_with_two_slopes(**kwargs: Any) -> KLipPPO:
         model = KLipPPO("MlpPolicy", "Pendulum-v1", policy_kwargs={"activation_fn": th.nn.LeakyReLU}, **SMALL, **kwargs)
