@@ -39,12 +39,12 @@ class Update(NamedTuple):
     :param coefficient: the coefficient, its schedules brought up to date
     :param clip_range: half-width ε, a number or a tensor
     :param clip_range_vf: clipping range of the value function, likewise, if any
+    :param ent_coef: weight of the entropy in the loss, likewise
+    :param vf_coef: weight of the value loss, likewise
     :param snapshot: the rollout policy's distributions, if they are asked for
     :param positions: position of each sample in its episode, if asked for
     :param ratio_bounds: least and greatest ratio of each action within a trust region, shape (2, N), if asked for
     :param ages: updates since each sample was collected, if asked for
-    :param ent_coef: weight of the entropy in the loss, likewise
-    :param vf_coef: weight of the value loss, likewise
     :param replayed: weight and clip centre of each sample, if it learns from more than the last rollout
     """
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from sb3_klip import KLipPPO
-from sb3_klip.fast.standing_in import StandIn, is_replaced, standing_in
+from sb3_klip.fast.standing_in import StandIn, is_patched, is_replaced, standing_in
 
 
 class Counter:
@@ -69,6 +70,14 @@ def test_what_somebody_puts_in_its_place_stays() -> None:
     assert counter.count() == 5
     assert is_replaced(counter, "count")
     assert not is_replaced(counter, "number_of_nothing")
+
+
+def test_a_function_of_a_package_whose_name_begins_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_patched(nn.Tanh, "forward")
+    names: dict[str, Any] = {}
+    exec(compile("def forward(self, x): return x", str(Path(th.__file__).parent) + "vision/models.py", "exec"), names)
+    monkeypatch.setattr(nn.Tanh, "forward", names["forward"])
+    assert is_patched(nn.Tanh, "forward")
 
 
 #: Functions that the fast paths do without. Each is called by PPO.

@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering, example_answer
 from sb3_klip.fast.observers import hooks_of, reason_in_torch
-from sb3_klip.fast.pure import constants_of, logged, pure_loss, rows_of
+from sb3_klip.fast.pure import WEIGHTS, constants_of, logged, pure_loss, rows_of
 from sb3_klip.fast.script import unoptimized_script
 from sb3_klip.fast.simplify import simplified
 from sb3_klip.fast.validation import unvalidated_distributions
@@ -55,8 +55,7 @@ WORTH = 4_000_000
 MOST_GRAPHS = 16
 
 _TRACING = threading.Lock()
-#: Weights of parts of the loss, which a callback may change; and what stands in their place once one has.
-_WEIGHTS = ("ent_coef", "vf_coef")
+#: What stands in the place of the weights of the loss once a callback has changed them.
 _VARYING = "varying"
 
 
@@ -71,7 +70,7 @@ class Graphs:
         self.traced: dict[Any, Traced] = {}
         self.uses: dict[Any, int] = {}
         self.given_up = ""
-        #: Weights of entropy and value loss, as long as they stay the same; then they are inputs of the graphs.
+        #: The weights of the loss as long as they stay the same; afterwards, they are inputs of the graphs.
         self.weights: Any = None
 
 
@@ -158,12 +157,12 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
-    weights = (update.ent_coef, update.vf_coef)
+    weights = tuple(getattr(update, name) for name in WEIGHTS)
     are_numbers = not any(isinstance(weight, th.Tensor) for weight in weights)
     graphs.weights = weights if are_numbers and graphs.weights in (None, weights) else _VARYING
     varied = update
     if graphs.weights is _VARYING:
-        varied = update._replace(**{name: th.as_tensor(getattr(update, name), dtype=th.float64) for name in _WEIGHTS})
+        varied = update._replace(**{name: th.as_tensor(getattr(update, name), dtype=th.float64) for name in WEIGHTS})
     coefficient, constants = update.coefficient, constants_of(varied)
     in_graph = repr(coefficient) if coefficient.is_constant else (coefficient.requests, coefficient.estimator)
     numbers = (graphs.weights, model.normalize_advantage, in_graph, update.replayed is None)

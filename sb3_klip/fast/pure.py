@@ -18,6 +18,9 @@ from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering
 from sb3_klip.surrogate import PerSampleKL
 
+#: Weights of parts of the loss: numbers, or tensors where they change.
+WEIGHTS = ("ent_coef", "vf_coef")
+
 
 def rows_of(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
     """The tensors of a minibatch, in a fixed order."""
@@ -30,7 +33,7 @@ def rows_of(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
 def constants_of(update: Any) -> list[th.Tensor]:
     """What else changes from update to update; numbers of schedules as tensors, in Python's precision, which torch rounds."""
     numbers = [th.as_tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
-    numbers += [weight for weight in (update.ent_coef, update.vf_coef) if isinstance(weight, th.Tensor)]
+    numbers += [weight for name in WEIGHTS if isinstance(weight := getattr(update, name), th.Tensor)]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
     columns = [each for each in (update.positions, update.ratio_bounds, update.ages) if each is not None]
     return [*numbers, *snapshot, *columns, *(update.replayed or ())]
@@ -43,7 +46,7 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
     update = update._replace(clip_range=next(constant))
     if update.clip_range_vf is not None:
         update = update._replace(clip_range_vf=next(constant))
-    for name in ("ent_coef", "vf_coef"):
+    for name in WEIGHTS:
         if isinstance(getattr(update, name), th.Tensor):
             update = update._replace(**{name: next(constant)})
     if update.snapshot is not None:

@@ -1,5 +1,6 @@
 """Faster replacements for methods of single objects, during a rollout or an update."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,8 +71,8 @@ def is_changed(owner: Any, *methods: str) -> bool:
     return is_replaced(owner, *methods) or is_patched(type(owner), *methods)
 
 
-#: Where the code of these packages lies.
-_PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (stable_baselines3, sb3_contrib, th))
+#: Where the code of these packages lies, and not that of others whose names begin alike, such as torchvision.
+_PACKAGES = tuple(str(Path(package.__file__ or "").parent) + os.sep for package in (stable_baselines3, sb3_contrib, th))
 
 
 def is_patched(owner: Any, *functions: str) -> bool:
