@@ -85,6 +85,7 @@ def typed(*arguments, **kwargs):
     return Result(completed.returncode, completed.stdout, err)
 
 
+@pytest.mark.slow
 def test_verify_as_it_is_typed(tmp_path):
     assert_identical_result(typed(*DEFAULT, *UPDATES, cwd=tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -49,7 +49,7 @@ NOT_RUN = README + [block for page in PAGES for block in blocks(page, "py")]
 
 
 #: Pages whose code trains for more than a few seconds.
-LONG = ("docs/coefficients.md", "docs/how_do_i.md")
+LONG = ("docs/coefficients.md", "docs/guide.md", "docs/how_do_i.md")
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_a_cell_is_an_ordinary_run_of_rl_zoo(finished):
     assert (arguments["seed"], arguments["n_timesteps"], arguments["conf_file"]) == (0, 512, SUITE["hyperparams"])
 
 
+@pytest.mark.slow
 def test_the_recorded_command_gives_the_same(finished, tmp_path):
     (result,) = (finished.folder / "results").glob("*/step/seed-0.csv")
     copy = tmp_path / "copy"

@@ -72,6 +72,7 @@ def test_where_it_cannot_be_compiled_a_saved_model_trains_anyhow(tmp_path: Any) 
     model.learn(100)
 
 
+@pytest.mark.slow
 def test_compiling_leaves_other_programs_their_validation() -> None:
     """In a process of its own, as torch switches it off once."""
     code = """
@@ -97,19 +98,18 @@ class Graphs(BaseCallback):
         self.counts.append(th._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-FEW = ("step", "adaptive")
+FEW = ("adaptive",)
 
 
 @pytest.mark.parametrize(
     ("beta", "beta_kwargs"),
     [
-        ("step", {}),
         ("adaptive", {}),
         *(pytest.param(name, {}, marks=pytest.mark.slow) for name in available() if name not in FEW),
-        ("linear_ramp", {"width": "lin_0.1"}),
         *(
             pytest.param(name, kwargs, marks=pytest.mark.slow)
             for name, kwargs in (
+                ("linear_ramp", {"width": "lin_0.1"}),
                 ("smoothing", {"alpha": "lin_0.1"}),
                 ("soft_adaptive", {"tau_pos": "lin_3"}),
                 ("fixed", {"value": "lin_2", "estimator": "k3"}),

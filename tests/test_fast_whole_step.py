@@ -62,6 +62,7 @@ def test_a_copy_has_a_step_of_its_own() -> None:
     assert not all(a.equal(b) for a, b in zip(before, twin.policy.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_a_file_left_off(tmp_path: Any) -> None:
     model = trained(compile=QUICK)
     model.save(tmp_path / "model")
@@ -93,6 +94,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
         model.learn(100)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_compiled_for_anew() -> None:
     """The number is part of the code that torch makes."""
     model, threads = trained(compile=QUICK), th.get_num_threads()

@@ -26,6 +26,7 @@ def test_import_torch_stays_silent_and_light(tmp_path):
         assert not re.search(rf"\| +{name}$", completed.stderr, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_rl_zoo_works_when_registering_fails(tmp_path):
     broken = "import runpy, sys; sys.modules['sb3_klip.zoo'] = None; runpy.run_module('rl_zoo3.train', run_name='__main__')"
     completed = python("-c", broken, "--algo", "ppo", "--env", "CartPole-v1", *SMALL, cwd=tmp_path)

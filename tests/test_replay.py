@@ -291,7 +291,7 @@ def bandit(seed, reuse, batch, noise):
             return taken
 
 
-@pytest.mark.parametrize("noise", [1.0, 3.0])
+@pytest.mark.parametrize("noise", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reuse", [3, optimal_weights(2)])
 def test_reuse_needs_fewer_samples_on_a_bandit(reuse, noise):
     """As GePPO compares: batches of half the size, of which three or four are learned from."""

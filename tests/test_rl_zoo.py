@@ -138,6 +138,7 @@ def test_paper_protocol(tmp_path, algo, conf):
     assert model.learning_rate(0.5) == 1.5e-4
 
 
+@pytest.mark.slow
 def test_console_script(tmp_path):
     script = Path(sys.executable).with_name("rl_zoo3")
     update = ("-params", *SMALL_UPDATE)

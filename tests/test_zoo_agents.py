@@ -236,6 +236,7 @@ def test_the_report_changes_nothing_even_where_playing_draws_what_training_draws
     assert np.array_equal(counts[0].mean, counts[1].mean)
 
 
+@pytest.mark.slow
 def test_an_agent_from_the_days_of_gym_is_trained_further(ppo_agent, gym_era_agent, silent, tmp_path):
     completed = zoo_train(*further("old/ppo/Hopper-v3_1/Hopper-v3.zip", out=tmp_path), cwd=gym_era_agent)
     run = Continued(tmp_path / "klip_ppo" / "Hopper-v5_1", completed.stdout, completed.stderr)
