@@ -60,7 +60,7 @@ experiments: $(INSTALLED) ## run or continue a suite of experiments: SUITE=smoke
 report: $(INSTALLED) ## make tables and figures of a suite: SUITE=smoke
 	$(BIN)/python -m sb3_klip.experiments report logs/experiments/$(SUITE)
 
-timings: $(INSTALLED) ## time updates, trainings and imports, compared with PPO, in half an hour (SBX=its/python: with SBX)
+timings: $(INSTALLED) ## time updates, trainings and imports, compared with PPO, in 45 minutes (SBX=its/python: with SBX)
 	$(BIN)/python timings/overview.py $(if $(SBX),--sbx-python $(SBX))
 	$(BIN)/python timings/imports.py
 

@@ -1,5 +1,5 @@
 """
-Everything that the documentation says about speed: one table, its numbers, and a figure. Takes about half an hour, idle.
+Everything that the documentation says about speed: one table, its numbers, and a figure. Takes 45 minutes, idle.
 
     python timings/overview.py --sbx-python sbx/bin/python
     python timings/overview.py --redraw      # table and figure, from the numbers that are there

@@ -1,7 +1,7 @@
 """
 Rollouts in fewer calls: SB3's own loop runs, with faster replacements for three methods, at the same bits.
 
-On Hopper-v4, one step of PPO's rollout takes 480 µs, of which the environment takes 140. With the replacements, it takes 300.
+On Hopper-v4, one step of PPO's rollout takes 480 µs, of which the environment takes 140. With the replacements, it takes 315.
 """
 
 import copy
