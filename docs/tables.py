@@ -30,7 +30,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/api").glob("*.md")),
 ]
-REGION = re.compile(r"(<!-- table: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+REGION = re.compile(r"(<!-- table: ([a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CONSTANTS = """```{{eval-rst}}
 .. data:: QUANTITIES
@@ -124,25 +124,37 @@ def times() -> str:
     return _timed("coefficients")
 
 
+def against_paper() -> str:
+    """The paper's table and ours."""
+    return _reported("paper", "Against the paper")
+
+
+def other_coefficients() -> str:
+    """Other coefficients under the paper's protocol."""
+    return _reported("coefficients", "Return in the last 10 % of training")
+
+
+def reuse() -> str:
+    """Sample reuse: the final return of each run of 300 000 steps."""
+    return _each_run("reuse")
+
+
+def reuse_long() -> str:
+    """The same for one million steps."""
+    return _each_run("reuse_long")
+
+
 def wide() -> str:
     """The suite ``wide``: the final return of each run."""
-    runs = _runs("wide")
-    names = [run["method"].partition("@") for run in runs]
+    finals = _finals("wide")
+    names = [method.partition("@") for _, method in finals]
     methods = sorted({method for method, _, _ in names}, key=lambda method: (method != "step", method))
-    rates = sorted({rate for _, _, rate in names}, key=float)
     rows = [
-        (
-            task,
-            rate,
-            *(_returns(r for r in runs if (r["task"], r["method"]) == (task, f"{method}@{rate}")) for method in methods),
-        )
+        (task, rate, *(finals[task, f"{method}@{rate}"] for method in methods))
         for task in _CHOSEN_ON
-        for rate in rates
+        for rate in sorted({rate for _, _, rate in names}, key=float)
     ]
-    suite = yaml.safe_load((ROOT / "sb3_klip/experiments/suites/wide.yml").read_text(encoding="utf-8"))
-    cells = len(suite["tasks"]) * len(suite["methods"]) * len(suite["seeds"])
-    table = _table(("task", "learning rate", *(f"`{method}`" for method in methods)), rows)
-    return f"{table}\n\n{len(runs)} of the suite's {cells} runs are done."
+    return f"{_table(('task', 'learning rate', *(_code([method]) for method in methods)), rows)}\n\n{_done('wide')}"
 
 
 def search() -> str:
@@ -187,8 +199,37 @@ def _runs(suite: str) -> list[dict[str, Any]]:
     return [json.loads(path.open(encoding="utf-8").readline()[1:]) for path in paths]
 
 
-def _returns(runs: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(f"{run['final_return']:.0f}" for run in runs) or "–"
+def _each_run(suite: str) -> str:
+    """The final return of each run of a suite, and how many runs are done."""
+    methods, finals = _suite(suite)["methods"], _finals(suite)
+    rows = [(task, *(finals[task, method] for method in methods)) for task in _suite(suite)["tasks"]]
+    return f"{_table(('task', *(_code([method]) for method in methods)), rows)}\n\n{_done(suite)}"
+
+
+def _finals(suite: str) -> dict[tuple[str, str], str]:
+    """The final returns of a suite's runs, by task and method, in the order of their seeds."""
+    finals: dict[tuple[str, str], list[str]] = {
+        (task, method): [] for task in _suite(suite)["tasks"] for method in _suite(suite)["methods"]
+    }
+    for run in _runs(suite):
+        finals[run["task"], run["method"]].append(f"{run['final_return']:.0f}")
+    return {cell: ", ".join(returns) or "–" for cell, returns in finals.items()}
+
+
+def _done(suite: str) -> str:
+    definition = _suite(suite)
+    cells = math.prod(len(definition[each]) for each in ("tasks", "methods", "seeds"))
+    return f"{len(_runs(suite))} of the suite's {cells} runs are done."
+
+
+def _suite(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / f"sb3_klip/experiments/suites/{name}.yml").read_text(encoding="utf-8"))
+
+
+def _reported(suite: str, title: str) -> str:
+    """The first table below a title in the report of a suite."""
+    text = (ROOT / f"results/{suite}/report.md").read_text(encoding="utf-8").partition(f"\n## {title}\n")[2]
+    return re.search(r"^\|.*?(?=\n\n)", text, re.DOTALL | re.MULTILINE)[0]  # type: ignore[index]
 
 
 def _timed(name: str) -> str:
@@ -200,7 +241,8 @@ TABLES = {
     each.__name__: each
     for each in (
         *(coefficients, families, references, quantities, constants, variants, modules),
-        *(speed, memory, sizes, times, wide, search, preset),
+        *(speed, memory, sizes, times),
+        *(against_paper, other_coefficients, reuse, reuse_long, wide, search, preset),
     )
 }
 
