@@ -9,7 +9,16 @@ from small_suites import made_up_result
 
 from sb3_klip.experiments import statistics
 from sb3_klip.experiments.results import POINTS, Result
-from sb3_klip.experiments.statistics import Interval, gain, improvement, matrices, share_to_reach, welch, with_scores
+from sb3_klip.experiments.statistics import (
+    Interval,
+    bootstrap,
+    gain,
+    improvement,
+    matrices,
+    share_to_reach,
+    welch,
+    with_scores,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -142,12 +151,31 @@ def test_twice_as_fast_is_half_of_the_samples():
     assert share_to_reach([rising(1.0, until=90)], [rising(1.0)]).point == np.inf
 
 
-def test_the_interval_of_samples_is_over_the_seeds_of_both():
-    interval = share_to_reach([rising(2.0), rising(2.0)], [rising(1.0), rising(1.0)])
+def test_the_interval_of_samples_is_over_the_seeds_of_both(monkeypatch):
+    interval = share_to_reach([rising(2.0)] * 3, [rising(1.0)] * 3)
     assert interval == Interval(0.53, 0.53, 0.53)
+    monkeypatch.setattr(statistics, "MIN_SEEDS", 2)
     interval = share_to_reach([rising(2.0), rising(4.0)], [rising(1.0), rising(3.0)])
     # Means: 3 a point against 191; the extremes are 4 against 95.5, and 2 against 286.5.
     assert interval == Interval(0.69, 0.29, np.inf)
+
+
+def test_two_seeds_are_too_few_for_an_interval():
+    assert share_to_reach([rising(2.0)] * 3, [rising(1.0)] * 2).text("{:.2f}") == "0.53"
+    scores = {"step": np.ones((3, 2)), "other": np.zeros((2, 2))}
+    assert improvement(scores, "step")["other"].text("{:.1f}") == "0.0"
+    assert improvement({**scores, "other": np.zeros((3, 2))}, "step")["other"].text("{:.1f}") == "0.0 [0.0, 0.0]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "least", "most"), [(2, 0.68, 0.8), (3, 0.8, 0.91), (5, 0.87, 0.97)])
+def test_how_often_a_bootstraps_interval_holds_the_true_mean(monkeypatch, seeds, least, most):
+    """Why it takes three seeds: of three tasks with returns of a normal distribution."""
+    monkeypatch.setattr(statistics, "MIN_SEEDS", 2)
+    generator = np.random.default_rng(0)
+    runs = {number: generator.normal(size=(seeds, 3)) for number in range(400)}
+    held = [interval.low <= 0 <= interval.high for interval in bootstrap(runs, metrics.aggregate_iqm).values()]
+    assert least <= np.mean(held) <= most
 
 
 def test_episodes_count_as_often_as_they_are():

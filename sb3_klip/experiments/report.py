@@ -1,5 +1,6 @@
 """Tables from the results of a suite, as one Markdown file."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sb3_klip.experiments.figures import save_all
 from sb3_klip.experiments.folder import read_folder
 from sb3_klip.experiments.results import Result
 from sb3_klip.experiments.statistics import (
+    MIN_SEEDS,
     Interval,
     bootstrap,
     gain,
@@ -31,6 +33,8 @@ AGAINST_PAPER = (
     "confidence interval. The means differ if this interval does not contain 0; if all true means are equal, that happens by "
     "chance in one row of twenty. A single seed has no interval."
 )
+#: What stands in a table's brackets.
+BRACKETS = f"In brackets, with {MIN_SEEDS} seeds or more, are 95 % confidence intervals of the bootstrap"
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
 FIRST = 0.01
 
@@ -206,11 +210,11 @@ def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
         f"the mean of the first {FIRST:.0%} of `{reference}`'s training, and 1 at the mean of its last 10 %. *End* is the "
         "score of the last 10 % of training. *Training* is that of the whole training, which is the area under the learning "
         "curve. The probability of improvement is the chance that a run of the method has a higher score than a run of "
-        f"`{reference}` on the same task. In brackets are 95 % confidence intervals of a bootstrap within tasks; with few "
-        "seeds they are too narrow.",
+        f"`{reference}` on the same task. {BRACKETS} within tasks. With few seeds they are too narrow: where one contradicts "
+        "Welch's interval below, go by Welch's.",
         _markdown(aggregate_table(rows, reference)),
         f"The gain of each method over `{reference}` at the end, in % of what `{reference}` gains during training. All seeds "
-        "count; the intervals are Welch's, 95 %.",
+        "count. The intervals are Welch's, 95 %: about one in twenty does not contain the true gain.",
         "\n".join(_verdict(method, gain(rows, method, reference), reference) for method in methods if method != reference),
     ]
 
@@ -238,11 +242,12 @@ def _verdict(method: str, difference: Interval, reference: str) -> str:
     """What an interval of the gain says, in words."""
     percent = Interval(*(100 * value for value in difference))
     if percent.low > 0:
-        says = f"better than `{reference}`, by {percent.low:.0f} % or more"
+        says = f"better than `{reference}`"
     elif percent.high < 0:
-        says = f"worse than `{reference}`, by {-percent.high:.0f} % or more"
+        says = f"worse than `{reference}`"
     else:
-        says = f"a gain of more than {percent.high:.0f} % is excluded, and a loss of more than {-percent.low:.0f} %"
+        gain, loss = math.ceil(percent.high), math.ceil(-percent.low)
+        says = f"no difference is shown; a gain of more than {gain} % is excluded, and a loss of more than {loss} %"
     return f"- `{method}`: {percent.text('{:+.0f}')}; {says}."
 
 
@@ -259,8 +264,7 @@ def _by_task(frame: pd.DataFrame) -> str:
     intervals = pd.Series({key: each.text("{:.0f}") for key, each in bootstrap(cells, metrics.aggregate_iqm).items()})
     table = intervals.unstack().reindex(index=frame["task"].cat.categories, columns=frame["method"].cat.categories)
     table = table.dropna(how="all").dropna(how="all", axis=1).fillna("–").rename_axis("task").reset_index()
-    title = "Cells with more than one seed, with 95 % confidence intervals of the bootstrap over seeds."
-    return f"{title}\n\n{_markdown(table)}"
+    return f"Cells with more than one seed. {BRACKETS} over seeds.\n\n{_markdown(table)}"
 
 
 def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str) -> list[str]:
@@ -276,8 +280,8 @@ def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[
         f"## Samples to reach the final return of `{reference}`",
         f"The part of training, in %, after which the mean of a method's seeds first reaches the final mean of `{reference}`; "
         "> 100 if it never does. GePPO's authors count samples in this way (arXiv 2111.00072). A return is the mean of the "
-        "episodes in 10 % of training. In brackets are 95 % confidence intervals of the bootstrap over the seeds of both, "
-        "where both have more than one.",
+        f"episodes in 10 % of training. The first time can be by chance, and `{reference}` itself may be there "
+        f"before its end, so compare with its column. {BRACKETS} over the seeds of both.",
         _markdown(pd.DataFrame(rows, columns=["task", *methods])),
     ]
 
@@ -286,8 +290,8 @@ def _share_text(runs: Sequence[Result], reference: Sequence[Result]) -> str:
     if not runs or not reference:
         return "–"
     share = share_to_reach(runs, reference)
-    point, low, high = (f"{100 * value:.0f}" if np.isfinite(value) else "> 100" for value in share)
-    return f"{point} [{low}, {high}]" if min(len(runs), len(reference)) > 1 else point
+    point, low, high = ("> 100" if np.isinf(value) else f"{100 * value:.0f}" for value in share)
+    return point if np.isnan(share.low) else f"{point} [{low}, {high}]"
 
 
 def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
@@ -299,10 +303,9 @@ def _robustness(frames: Mapping[str, pd.DataFrame]) -> list[str]:
     return [
         f"## Robustness: {rates[-1]} against {rates[0]}",
         f"The share is the mean score at the learning rate {rates[-1]}, divided by that at {rates[0]}. Both are on the scale "
-        f"of `{REFERENCE}` at {rates[0]}, over the tasks on which all have two seeds. In brackets are 95 % confidence "
-        "intervals of a bootstrap within tasks. *Published* are the shares of ANO's authors (arXiv 2605.02320), who have a "
-        "protocol of their own, for 3e-4 and 1e-3. SPO's authors (arXiv 2401.16025) train deeper actors for 10 million steps, "
-        "which is not done here.",
+        f"of `{REFERENCE}` at {rates[0]}, over the tasks on which all have two seeds. {BRACKETS} within tasks. *Published* "
+        "are the shares of ANO's authors (arXiv 2605.02320), who have a protocol of their own, for 3e-4 and 1e-3. SPO's "
+        "authors (arXiv 2401.16025) train deeper actors for 10 million steps, which is not done here.",
         _markdown(table),
     ]
 

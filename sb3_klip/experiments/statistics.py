@@ -14,12 +14,16 @@ from sb3_klip.experiments.results import LAST, POINTS, Result
 RESAMPLES, SEED = 5000, 0
 #: Share of the intervals that hold what they are for.
 CONFIDENCE = 0.95
+#: Seeds that it takes to show a bootstrap's interval. With two, that of an interquartile mean holds the true value in three of
+#: four cases instead of 95 %; with three, in more than four of five.
+MIN_SEEDS = 3
 #: Bounds of that share in the bootstrap's distribution.
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+NO_BOUNDS = (float("nan"), float("nan"))
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval, whose bounds are NaN where the seeds are too few for one."""
 
     point: float
     low: float
@@ -27,7 +31,7 @@ class Interval(NamedTuple):
 
     def text(self, form: str) -> str:
         """As in a table, each number in this form."""
-        return f"{form} [{form}, {form}]".format(*self)
+        return (form if np.isnan(self.low) else f"{form} [{form}, {form}]").format(*self)
 
 
 def welch(difference: float, means: Iterable[tuple[float, int]]) -> Interval:
@@ -51,6 +55,7 @@ def bootstrap(scores: Mapping[Any, Any], statistic: Callable[..., float]) -> dic
 
     :param scores: by name, a matrix of seeds × tasks, or a tuple of them, which are resampled one by one
     :param statistic: of the matrix or matrices
+    :return: with bounds where all matrices have :data:`MIN_SEEDS` seeds
     """
     if not scores:
         return {}
@@ -59,7 +64,15 @@ def bootstrap(scores: Mapping[Any, Any], statistic: Callable[..., float]) -> dic
     points, bounds = rly.get_interval_estimates(
         dict(scores), lambda *args: np.array([statistic(*args)]), reps=RESAMPLES, confidence_interval_size=CONFIDENCE
     )
-    return {key: Interval(float(points[key][0]), *map(float, bounds[key][:, 0])) for key in scores}
+    return {
+        key: Interval(float(points[key][0]), *(map(float, bounds[key][:, 0]) if _enough(of) else NO_BOUNDS))
+        for key, of in scores.items()
+    }
+
+
+def _enough(samples: Any) -> bool:
+    """Whether a sample, or each of a tuple of them, has the seeds that a bootstrap's interval takes."""
+    return min(map(len, samples if isinstance(samples, tuple) else (samples,))) >= MIN_SEEDS
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +165,7 @@ def share_to_reach(runs: Sequence[Result], reference: Sequence[Result]) -> Inter
 
     :param runs: of the method, on one task
     :param reference: runs that have ended at the return to reach
-    :return: with the interval of a bootstrap over both their seeds; with one seed of either it is that of the others alone
+    :return: with the interval of a bootstrap over both their seeds, where both have :data:`MIN_SEEDS`
     """
     curves = np.stack([trailing_returns(run) for run in runs])
     finals = np.array([trailing_returns(run)[-1] for run in reference])
@@ -165,6 +178,8 @@ def share_to_reach(runs: Sequence[Result], reference: Sequence[Result]) -> Inter
         return np.where(reached.any(axis=1), (reached.argmax(axis=1) + 1) / POINTS, np.inf)
 
     (point,) = share(curves.mean(axis=0)[None], finals.mean()[None])
+    if not _enough((curves, finals)):
+        return Interval(float(point), *NO_BOUNDS)
     resampled = share(curves[chosen].mean(axis=1), finals[targets].mean(axis=1))
     low, high = np.quantile(resampled, TAILS, method="inverted_cdf")  # nothing lies between a number and infinity
     return Interval(float(point), float(low), float(high))
