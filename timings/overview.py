@@ -49,11 +49,11 @@ def tables(found: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tuple
     speed = [row("`train()`: ", result) for result in (*found["updates"], *found["others"])]
     speed += [row("training: ", result) for result in found["runs"]]
     speed += [row("first 20 000 steps, imports included: ", found["start"])]
-    by_coefficient = sorted(found["coefficients"]["ratios"].items(), key=lambda item: item[1], reverse=True)
+    coefficients = sorted(name for name in found["coefficients"]["ratios"] if name != "PPO")
     memory = [(r["setting"], *(f"{r['peak'][n] / r['peak']['PPO']:.2f}" for n in names[:2])) for r in found["runs"]]
     return {
         "speed": (("", *names), speed),
-        "coefficients": (("`beta`", "speed"), [(f"`{name}`", f"{r[0]:.2f}") for name, r in by_coefficient if name != "PPO"]),
+        "coefficients": (("`beta`", "speed"), [(f"`{name}`", ratio(found["coefficients"], name)) for name in coefficients]),
         "sizes": (("`train()`", "speed"), [(r["setting"], ratio(r, "KLipPPO")) for r in found["grid"]]),
         "memory": (("", *names[:2]), memory),
     }

@@ -33,7 +33,9 @@ def rollback(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Ten
 @register("quadratic", "spo", formula="sign(Â) (w - 1) / ε", source="SPO, arXiv 2401.16025 (ICML 2025)", search={})
 def quadratic(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tensor) -> th.Tensor:
     """
-    The gradient of ``w Â - |Â|(w - 1)²/(2ε)``: zero at the edge of the band, and reversed beyond it; needs ε > 0.
+    The gradient of ``w Â - |Â|(w - 1)²/(2ε)``; needs ε > 0.
+
+    It is zero at the bound at which PPO clips, reversed beyond it, and amplified on the other side of 1.
 
     :param ratio: importance ratio w
     :param advantages: advantage Â
