@@ -79,8 +79,11 @@ def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
     :param buffer: any rollout buffer, from which no samples have been drawn yet; of several rollouts, the newest first
     :param n_steps: number of steps of a rollout
     :param last_obs: observations after the last step of the newest
-    :return: the first cause, in the order of steps; None if all advantages are finite
+    :return: the first cause, in the order of steps; None if all advantages are finite, or the buffer has its own way to hand
+        out samples, and may leave some out
     """
+    if is_changed(buffer, "get"):
+        return None
     advantages, rewards, values = (np.asarray(array) for array in (buffer.advantages, buffer.rewards, buffer.values))
     if np.isfinite(advantages).all():
         return None
@@ -125,14 +128,14 @@ def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterato
     _flatten(buffer)
     is_dict = isinstance(buffer.observations, dict)
     observations = {
-        key: th.from_numpy(array) for key, array in (buffer.observations if is_dict else {"": buffer.observations}).items()
+        key: _tensor(array) for key, array in (buffer.observations if is_dict else {"": buffer.observations}).items()
     }
-    columns = [th.from_numpy(getattr(buffer, name)).flatten() for name in _COLUMNS]
+    columns = [_tensor(getattr(buffer, name)).flatten() for name in _COLUMNS]
     if hasattr(buffer, "action_masks"):
-        masks = th.from_numpy(buffer.action_masks).reshape(-1, buffer.mask_dims)
-        columns = [th.from_numpy(buffer.actions), *columns, masks]
+        masks = _tensor(buffer.action_masks).reshape(-1, buffer.mask_dims)
+        columns = [_tensor(buffer.actions), *columns, masks]
     else:
-        columns.insert(0, th.from_numpy(buffer.actions.astype(np.float32, copy=False)))
+        columns.insert(0, _tensor(buffer.actions.astype(np.float32, copy=False)))
     kind = BUFFERS[type(buffer)]
     if not gathered:
         samples = kind(observations if is_dict else observations[""], *columns)
@@ -140,10 +143,16 @@ def _minibatches(buffer: Any, batch_size: int | None, gathered: bool) -> Iterato
         return
     arrays = [*columns, *observations.values()]
     for block in places.split(_block_size(batch_size, arrays)):
-        taken = [array.index_select(0, block).split(batch_size) for array in arrays]
+        # Not as views, into which an extractor could not write.
+        taken = [th.unsafe_split(array.index_select(0, block), batch_size) for array in arrays]
         for indices, *rows in zip(block.split(batch_size), *taken, strict=True):
             seen = dict(zip(observations, rows[len(columns) :], strict=True))
             yield kind(seen if is_dict else seen[""], *rows[: len(columns)]), indices
+
+
+def _tensor(array: np.ndarray) -> th.Tensor:
+    """The array as a tensor: in the same memory, unless it is read-only, or reversed, as a callback may have left it."""
+    return th.from_numpy(np.require(array, requirements=("C", "W")))
 
 
 def _block_size(batch_size: int, arrays: Sequence[th.Tensor]) -> int:
@@ -176,6 +185,9 @@ def _flatten(buffer: Any) -> None:
 
 def _observed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iterator[tuple[Any, th.Tensor | None]]:
     """The minibatches of a buffer that makes them in its own way, watched as it does."""
+    if not hasattr(buffer, "_get_samples"):
+        yield from ((samples, None) for samples in buffer.get(batch_size))
+        return
     taken: deque[np.ndarray] = deque()
     get_samples, users = buffer._get_samples, vars(buffer).get("_get_samples")
 

@@ -4,7 +4,6 @@ The update that all variants share: PPO's inner loop, with the per-sample KL sur
 :meth:`PerSampleKLTraining.train` is the algorithm, from top to bottom; what it calls follows in the order of the calls.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,8 +96,7 @@ class PerSampleKLTraining(Seam):
             )
         update = self._begin_update()
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
-        state = self.policy.state_dict()
-        before = {key: value.clone() if th.is_tensor(value) else copy.deepcopy(value) for key, value in state.items()}
+        before = [(tensor, tensor.detach().clone()) for tensor in (*self.policy.parameters(), *self.policy.buffers())]
         cause = None
         try:
             with self._computation(update) as (compute, step, gathered):
@@ -349,10 +347,14 @@ class PerSampleKLTraining(Seam):
         """Whether the steps of the epoch are finite. Where only the norm of a gradient overflows, they are 0, as PPO's."""
         return log.is_finite() or all(bool(parameter.isfinite().all()) for parameter in self.policy.parameters())
 
-    def _abandon_update(self, before: dict[str, Any], log: UpdateLog, cause: Exception | None) -> NoReturn:
+    def _abandon_update(
+        self, before: Sequence[tuple[th.Tensor, th.Tensor]], log: UpdateLog, cause: Exception | None
+    ) -> NoReturn:
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""
         epoch, minibatch, problem = log.first_non_finite()
-        self.policy.load_state_dict(before)
+        with th.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
         self.policy.optimizer.state.clear()
         self.policy.optimizer.zero_grad()
         raise ValueError(

@@ -8,6 +8,7 @@ warnings but for the name of the class.
 """
 
 import copy
+import dataclasses
 import io
 import itertools
 import multiprocessing
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import cloudpickle
 import gymnasium as gym
@@ -26,9 +28,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common import callbacks as sb3_callbacks
+from stable_baselines3.common import policies
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
@@ -331,6 +336,29 @@ def environments_checked_for_nan(case: Case) -> Any:
     return case.trained(VecCheckNan(case.envs(), raise_exception=True))
 
 
+@scenario()
+def information_that_holds_itself(case: Case) -> Any:
+    class Own(gym.Wrapper):
+        def step(self, action: Any) -> Any:
+            *others, info = self.env.step(action)
+            info["itself"], info["shared"] = info, [1]
+            info["again"] = info["shared"]
+            return *others, info
+
+    seen: list[bool] = []
+
+    class Look(sb3_callbacks.BaseCallback):
+        def _on_step(self) -> bool:
+            (info,) = self.locals["infos"]
+            seen.append(info["itself"] is info and info["shared"] is info["again"])
+            return True
+
+    acted = "discrete" if case.is_masked else "box"
+    env = DummyVecEnv([lambda: Monitor(Own(Task(acted=acted)))])
+    env.seed(0)
+    return case.model(env).learn(STEPS, callback=Look()), seen
+
+
 # -- hyperparameters -------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +485,28 @@ def a_module_with_extra_state(case: Case) -> Any:
     return list(model.policy.parameters()), model.policy.features_extractor.calls
 
 
+@scenario()
+def a_subclass_that_compares_models(case: Case) -> Any:
+    class Own(case.algorithm):  # type: ignore[misc,name-defined]
+        def __eq__(self, other: Any) -> bool:
+            return isinstance(other, Own)
+
+    model = case._replace(algorithm=Own).model()
+    return model.learn(2 * STEPS), model == model
+
+
+@scenario()
+def a_state_that_cannot_be_copied(case: Case) -> Any:
+    class Locked(Extractor):
+        def get_extra_state(self) -> Any:
+            return threading.Lock()
+
+        def set_extra_state(self, saved: Any) -> None:
+            pass
+
+    return list(case.trained(policy_kwargs={"features_extractor_class": Locked}).policy.parameters())
+
+
 @scenario("KLipPPO")
 def double_precision(case: Case) -> Any:
     class Double(Extractor):
@@ -483,6 +533,168 @@ def parameters_without_use(case: Case) -> Any:
             self.spare = th.nn.Linear(2, 2)
 
     return case.trained(policy_kwargs={"features_extractor_class": Spare})
+
+
+@scenario()
+def observations_that_an_extractor_writes_into(case: Case) -> Any:
+    class Scaled(Extractor):
+        def __init__(self, observation_space: spaces.Space):
+            super().__init__(observation_space)
+            self.scale = th.nn.Parameter(th.ones(3))
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            observations *= self.scale
+            return super().forward(observations)
+
+    # Minibatches of which several are taken at a time.
+    return case.trained(policy_kwargs={"features_extractor_class": Scaled}, n_steps=64, batch_size=16, steps=128)
+
+
+@scenario("KLipPPO")
+def weights_that_are_buffers(case: Case) -> Any:
+    model = case.model()
+    layer = model.policy.mlp_extractor.policy_net[0]
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.01)
+    return model.learn(2 * STEPS)
+
+
+@scenario("KLipPPO")
+def a_compiled_part_of_the_policy(case: Case) -> Any:
+    calls: list[int] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        return lambda *args: calls.append(1) or module(*args)
+
+    model = case.model()
+    model.policy.mlp_extractor.compile(backend=backend)
+    return model.learn(2 * STEPS), len(calls)
+
+
+@scenario("KLipPPO")
+def a_distribution_of_its_own(case: Case) -> Any:
+    class Noisy(DiagGaussianDistribution):
+        calls = 0
+
+        def log_prob(self, actions: th.Tensor) -> th.Tensor:
+            self.calls += 1
+            return super().log_prob(actions) * (1 + self.calls % 3 * 0.01)
+
+        def entropy(self) -> Any:
+            return super().entropy() + 0 * th.rand(1)
+
+    model = case.model()
+    model.policy.action_dist = Noisy(2)
+    return model.learn(2 * STEPS), model.policy.action_dist.calls
+
+
+@scenario("KLipPPO")
+def a_distribution_that_is_written_into(case: Case) -> Any:
+    scales: list[th.Tensor] = []
+
+    def widen(model: Any) -> None:
+        scales.append(model.policy.action_dist.distribution.scale.mul_(2).clone())
+
+    return case.model().learn(2 * STEPS, callback=Do("step", widen, at=3)), scales
+
+
+@scenario(
+    "KLipPPO",
+    preprocess_obs=(policies, "preprocess_obs"),
+    extract_features=(policies.BaseModel, "extract_features"),
+    evaluate_actions=(ActorCriticPolicy, "evaluate_actions"),
+)
+def functions_of_the_library_replaced(case: Case, where: tuple[Any, str]) -> Any:
+    owner, name = where
+    original, calls = getattr(owner, name), []
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        found = original(*args, **kwargs)
+        return found * 0.5 if isinstance(found, th.Tensor) else found
+
+    with mock.patch.object(owner, name, scaled):
+        return case.trained(), len(calls)
+
+
+@scenario("KLipRecurrentPPO")
+def the_loop_over_sequences_replaced(case: Case) -> Any:
+    original = RecurrentActorCriticPolicy._process_sequence
+
+    def halved(*args: Any) -> Any:
+        output, states = original(*args)
+        return output / 2, states
+
+    with mock.patch.object(RecurrentActorCriticPolicy, "_process_sequence", staticmethod(halved)):
+        return case.trained()
+
+
+@scenario()
+def a_learned_weight_of_the_entropy(case: Case) -> Any:
+    model = case.model()
+    model.ent_coef = th.nn.Parameter(th.tensor(0.01))
+    model.policy.optimizer.register_step_post_hook(lambda *args: None)
+    return model.learn(2 * STEPS), model.ent_coef.grad
+
+
+# -- rollout buffers of one's own ------------------------------------------------------------------------------------------
+
+
+class OneMore(NamedTuple):
+    """Samples with one field more than SB3's, which may be empty."""
+
+    observations: Any
+    actions: Any
+    old_values: Any
+    old_log_prob: Any
+    advantages: Any
+    returns: Any
+    more: Any = None
+
+
+@dataclasses.dataclass
+class AsDataclass:
+    """Samples that are no tuple."""
+
+    observations: Any
+    actions: Any
+    old_values: Any
+    old_log_prob: Any
+    advantages: Any
+    returns: Any
+
+
+@scenario("KLipPPO", one_more=OneMore, as_dataclass=AsDataclass)
+def samples_of_its_own(case: Case, kind: Any) -> Any:
+    class Own(RolloutBuffer):
+        def _get_samples(self, batch_inds: Any, env: Any = None) -> Any:
+            return kind(*super()._get_samples(batch_inds, env))
+
+    return case.trained(rollout_buffer_class=Own)
+
+
+@scenario("KLipPPO")
+def a_buffer_that_leaves_samples_out(case: Case) -> Any:
+    class Own(RolloutBuffer):
+        def compute_returns_and_advantage(self, *args: Any, **kwargs: Any) -> None:
+            super().compute_returns_and_advantage(*args, **kwargs)
+            self.advantages[::5] = np.nan
+
+        def get(self, batch_size: Any = None) -> Any:
+            super().get().__next__()  # flattened
+            yield self._get_samples(np.flatnonzero(~np.isnan(self.advantages.flatten())))
+
+    return case.trained(rollout_buffer_class=Own)
+
+
+@scenario("KLipPPO", reversed=lambda array: array[::-1], read_only=lambda array: np.broadcast_to(array.copy(), array.shape))
+def advantages_that_a_callback_replaces(case: Case, change: Any) -> Any:
+    def replace(model: Any) -> None:
+        model.rollout_buffer.advantages = change(model.rollout_buffer.advantages)
+
+    return case.model().learn(2 * STEPS, callback=Do("rollout_end", replace))
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------------------
@@ -515,6 +727,76 @@ def optimizers(case: Case, policy_kwargs: dict[str, Any]) -> Any:
     model.save(case.folder / "model")
     loaded = case.algorithm.load(case.folder / "model", env=case.envs())
     return model, loaded.learn(STEPS)
+
+
+@scenario(subclass=True, instance=False)
+def gradients_of_several_minibatches(case: Case, of_a_subclass: bool) -> Any:
+    """Their sum, as ``zero_grad`` and ``step`` do something every other time only, or ``zero_grad`` nothing at all."""
+
+    class EveryOther(th.optim.Adam):
+        calls = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            if self.calls % 2 == 0:
+                super().zero_grad(set_to_none)
+
+        def step(self, closure: Any = None) -> Any:
+            self.calls += 1
+            return super().step(closure) if self.calls % 2 == 0 else None
+
+    if of_a_subclass:
+        return case.trained(policy_kwargs={"optimizer_class": EveryOther})
+    model = case.model()
+    model.policy.optimizer.zero_grad = lambda *args, **kwargs: None
+    return model.learn(2 * STEPS)
+
+
+@scenario()
+def a_hook_that_replaces_gradients(case: Case) -> Any:
+    model = case.model()
+    for parameter in model.policy.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", each.grad.sign()))
+    return model.learn(2 * STEPS)
+
+
+@scenario()
+def gradients_in_one_memory(case: Case) -> Any:
+    model = case.model()
+    own = list(model.policy.parameters())
+    flat = th.zeros(sum(parameter.numel() for parameter in own))
+    for parameter, part in zip(own, flat.split([parameter.numel() for parameter in own]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    optimizer = model.policy.optimizer
+    optimizer.zero_grad = lambda set_to_none=True: type(optimizer).zero_grad(optimizer, set_to_none=False)
+    optimizer.register_step_pre_hook(lambda *args: (flat.copy_(flat.sign()), None)[1])
+    return model.learn(2 * STEPS), flat
+
+
+@scenario("KLipPPO")
+def parameters_in_one_memory(case: Case) -> Any:
+    model = case.model()
+    extractor = model.policy.mlp_extractor
+    extractor.value_net[0].weight.data = extractor.policy_net[0].weight.data
+    return model.learn(2 * STEPS)
+
+
+@scenario()
+def a_learning_rate_that_is_a_tensor(case: Case) -> Any:
+    class Own(case.algorithm):  # type: ignore[misc,name-defined]
+        def _update_learning_rate(self, optimizers: Any) -> None:
+            pass
+
+    model = case._replace(algorithm=Own).model()
+    model.policy.optimizer.param_groups[0]["lr"] = th.tensor(0.01)
+    model.policy.optimizer.register_step_post_hook(lambda *args: None)
+    return model.learn(2 * STEPS)
+
+
+@scenario()
+def what_a_hook_of_the_optimizer_sees(case: Case) -> Any:
+    model, seen = case.model(), []
+    model.policy.optimizer.register_step_post_hook(lambda optimizer, *args: seen.append(optimizer.param_groups[0]["foreach"]))
+    return model.learn(STEPS), seen
 
 
 @scenario()

@@ -2,17 +2,17 @@
 
 import inspect
 import types
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch as th
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.validation import unvalidated_distributions
 
 # By model, so that a copy of a model, or one that is pickled, does not carry the other's.
-_COMPILED: "weakref.WeakKeyDictionary[Any, Callable[..., Any]]" = weakref.WeakKeyDictionary()
+_COMPILED: MutableMapping[Any, Callable[..., Any]] = WeakIdKeyDictionary()
 
 
 def compiled_loss(model: Any) -> Callable[..., Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common import policies
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn, tanh
@@ -27,6 +28,8 @@ _DISTRIBUTION_METHODS = ("proba_distribution", "get_actions", "sample", "mode", 
 #: All that the short way does without.
 _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     ActorCriticPolicy: _METHODS,
+    BaseModel: ("extract_features",),
+    policies: ("preprocess_obs",),
     MlpExtractor: _EXTRACTOR_METHODS,
     **dict.fromkeys((FlattenExtractor, Flatten, Sequential, Linear, Tanh), ("forward",)),
     **dict.fromkeys((DiagGaussianDistribution, CategoricalDistribution), _DISTRIBUTION_METHODS),
@@ -51,6 +54,7 @@ def has_short_forward(policy: Any) -> bool:
         and isinstance(policy.observation_space, spaces.Box)
         and not is_image_space(policy.observation_space)
         and policy.device.type == "cpu"
+        and "_compiled_call_impl" not in vars(policy)
         and not any(is_patched(owner, *names) for owner, names in _FUNCTIONS.items())
     )
 
@@ -114,7 +118,7 @@ class ShortForward(StandIn):
         if path != self.path:
             self.path, self.hooks, self.attributes = path, hooks_of(path), [vars(module) for module in path]
         for attributes in self.attributes:
-            if "forward" in attributes:
+            if "forward" in attributes or "_compiled_call_impl" in attributes:
                 return True
         # The policy's own forward is this one, and its hooks are called by who calls it.
         return any(self.hooks) or is_replaced(self.owner, *_METHODS) or bool(reason_in_torch())
@@ -124,8 +128,7 @@ def _through(layers: Iterable[nn.Module], values: th.Tensor) -> th.Tensor:
     """What layers make of values; the layers that most policies have are not asked, but done as they do it."""
     for layer in layers:
         kind = type(layer)
-        if kind is Linear:
-            own = layer._parameters
+        if kind is Linear and "weight" in (own := layer._parameters) and "bias" in own:  # or one may be a buffer
             values = linear(values, own["weight"], own["bias"])  # type: ignore[arg-type]
         elif kind is Tanh:
             values = tanh(values)
@@ -146,7 +149,8 @@ class _Deviation:
         key = (mean.shape, log_std.detach().numpy().tobytes())
         if key != self.key:
             std = th.ones_like(mean) * log_std.exp()
-            self.key, self.found = key, (std, std.numpy(), (2 * std**2).numpy(), std.log().numpy())
+            # Somebody may write into the tensor, which the distribution holds, but not into its copy.
+            self.key, self.found = key, (std, std.numpy().copy(), (2 * std**2).numpy(), std.log().numpy())
         return self.found
 
 

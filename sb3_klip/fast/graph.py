@@ -18,15 +18,16 @@ import functools
 import math
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch as th
+from sb3_contrib.common.maskable import distributions as maskable_distributions
 from sb3_contrib.common.maskable import policies as maskable_policies
-from stable_baselines3.common import policies, torch_layers
+from stable_baselines3.common import distributions, policies, torch_layers
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering, example_answer
@@ -34,7 +35,9 @@ from sb3_klip.fast.observers import hooks_of, reason_in_torch
 from sb3_klip.fast.pure import WEIGHTS, constants_of, logged, pure_loss, rows_of
 from sb3_klip.fast.script import unoptimized_script
 from sb3_klip.fast.simplify import simplified
+from sb3_klip.fast.standing_in import is_changed, is_patched
 from sb3_klip.fast.validation import unvalidated_distributions
+from sb3_klip.rollout import BUFFERS
 
 #: Modules that do the same at each call; others may look at data, have a state, or draw random numbers. Convolutions are left
 #: out: TorchScript has no word for an argument of their backward pass, and arithmetic is what takes their time.
@@ -45,6 +48,17 @@ KNOWN_MODULES = {
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Identity, nn.Linear),
     *(nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus),
 }
+#: Distributions that do so, too.
+KNOWN_DISTRIBUTIONS = {
+    *(distributions.DiagGaussianDistribution, distributions.SquashedDiagGaussianDistribution),
+    *(distributions.StateDependentNoiseDistribution, distributions.CategoricalDistribution),
+    *(distributions.MultiCategoricalDistribution, distributions.BernoulliDistribution),
+    *(maskable_distributions.MaskableCategoricalDistribution, maskable_distributions.MaskableMultiCategoricalDistribution),
+    maskable_distributions.MaskableBernoulliDistribution,
+}
+#: Methods of policy and distribution that are called for each minibatch.
+_POLICY_METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
+_DISTRIBUTION_METHODS = ("proba_distribution", "log_prob", "entropy")
 #: Minibatches of one size that are computed eagerly before a graph is traced, which takes as long as some hundreds of them: so
 #: a short training does not pay for it.
 WARM_UP = 300
@@ -53,6 +67,9 @@ WARM_UP = 300
 WORTH = 4_000_000
 #: Graphs that are traced for one model at most: where numbers change again and again, eager is faster.
 MOST_GRAPHS = 16
+
+#: What minibatches are made of.
+SAMPLES = set(BUFFERS.values())
 
 _TRACING = threading.Lock()
 #: What stands in the place of the weights of the loss once a callback has changed them.
@@ -75,7 +92,7 @@ class Graphs:
 
 
 # By model, so that a copy of a model, or one that is pickled, does not carry the other's.
-_GRAPHS: "weakref.WeakKeyDictionary[Any, Graphs]" = weakref.WeakKeyDictionary()
+_GRAPHS: MutableMapping[Any, Graphs] = WeakIdKeyDictionary()
 
 
 def reason_against(model: Any) -> str:
@@ -91,6 +108,8 @@ def reason_against(model: Any) -> str:
         return f"the model is on {model.device}"
     if not model.has_known_loss():
         return f"a part of the loss of {type(model).__name__} was replaced"
+    if any(isinstance(weight, th.Tensor) and weight.requires_grad for weight in (model.ent_coef, model.vf_coef)):
+        return "a weight of the loss is learned"
     return next(_reasons_in(model.policy), "") or reason_in_torch()
 
 
@@ -123,10 +142,19 @@ def _reasons_in(policy: Any) -> Iterator[str]:
         name = type(module).__name__
         if type(module) not in KNOWN_MODULES:
             yield f"{name} is not known"
+        if "_compiled_call_impl" in vars(module):
+            yield f"the policy's {name} is compiled"
         if any(callable(value) and hasattr(type(module), key) for key, value in vars(module).items()):
             yield f"a method of the policy's {name} was replaced"
         if any(hooks_of([module])):
             yield f"the policy's {name} has a hook"
+    action_dist = policy.action_dist
+    if type(action_dist) not in KNOWN_DISTRIBUTIONS:
+        yield f"{type(action_dist).__name__} is not known"
+    elif is_changed(policy, *_POLICY_METHODS) or is_changed(action_dist, *_DISTRIBUTION_METHODS):
+        yield "a method of the policy or its distribution was replaced"
+    if is_patched(policies, "preprocess_obs") or is_patched(policies.BaseModel, "extract_features"):
+        yield "a function of Stable-Baselines3's policies was replaced"
     for parameter in policy.parameters():
         if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
             yield "a parameter of the policy is frozen, has a hook, or is of a type of its own"
@@ -157,12 +185,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
-    weights = tuple(getattr(update, name) for name in WEIGHTS)
-    are_numbers = not any(isinstance(weight, th.Tensor) for weight in weights)
-    graphs.weights = weights if are_numbers and graphs.weights in (None, weights) else _VARYING
-    varied = update
-    if graphs.weights is _VARYING:
-        varied = update._replace(**{name: th.as_tensor(getattr(update, name), dtype=th.float64) for name in WEIGHTS})
+    varied = _varied(update, graphs)
     coefficient, constants = update.coefficient, constants_of(varied)
     in_graph = repr(coefficient) if coefficient.is_constant else (coefficient.requests, coefficient.estimator)
     numbers = (graphs.weights, model.normalize_advantage, in_graph, update.replayed is None)
@@ -176,19 +199,21 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
         size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
         if size not in ready:
-            rows = rows_of(rollout_data, indices if needs_indices else None)
-            of_constants = (constant.dtype for constant in constants)
-            key = (numbers, structure, *((row.shape, row.dtype) for row in rows), *of_constants)
-            graphs.uses[key] = graphs.uses.get(key, 0) + 1
-            if graphs.given_up or graphs.uses[key] <= WARM_UP:
-                return model._loss(rollout_data, indices, update)
-            if (run := make_ready(key, rows, rollout_data, indices)) is None:
+            if (run := make_ready(rollout_data, indices)) is None:
                 return model._loss(rollout_data, indices, update)
             ready[size] = run
         return ready[size](rows_of(rollout_data, indices if needs_indices else None))
 
-    def make_ready(key: Any, rows: Any, rollout_data: Any, indices: Any) -> Callable[..., Any] | None:
-        """A graph that has just given the bits of the eager loss; None, and no more graphs, if there is none."""
+    def make_ready(rollout_data: Any, indices: th.Tensor | None) -> Callable[..., Any] | None:
+        """A graph that has just given the bits of the eager loss; None if there is none, or none yet."""
+        if graphs.given_up or type(rollout_data) not in SAMPLES:  # of a buffer of the user's own
+            return None
+        rows = rows_of(rollout_data, indices if needs_indices else None)
+        of_constants = (constant.dtype for constant in constants)
+        key = (numbers, structure, *((row.shape, row.dtype) for row in rows), *of_constants)
+        graphs.uses[key] = graphs.uses.get(key, 0) + 1
+        if graphs.uses[key] <= WARM_UP:
+            return None
         if key not in graphs.traced and len(graphs.traced) == MOST_GRAPHS:
             graphs.given_up = "what the loss depends on changes too often"
             return None
@@ -219,6 +244,16 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         return None
 
     return compute
+
+
+def _varied(update: Any, graphs: Graphs) -> Any:
+    """The update, with the weights of the loss as tensors once they have changed."""
+    weights = tuple(getattr(update, name) for name in WEIGHTS)
+    are_numbers = not any(isinstance(weight, th.Tensor) for weight in weights)
+    graphs.weights = weights if are_numbers and graphs.weights in (None, weights) else _VARYING
+    if graphs.weights is not _VARYING:
+        return update
+    return update._replace(**{name: th.as_tensor(getattr(update, name), dtype=th.float64) for name in WEIGHTS})
 
 
 def _run(

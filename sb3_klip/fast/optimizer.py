@@ -1,8 +1,9 @@
 """Adam's step on all parameters as one tensor, at the same bits: fewer calls, which take most of a small network's time."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch as th
@@ -26,41 +27,38 @@ def optimizer_step(
     How to take the steps of an update: a function of the loss, or of the gradients, which returns their norm before clipping.
 
     Adam steps on all parameters as one tensor where that has the same bits, which spares most of the calls that a small
-    network's time goes into; otherwise on each, as SB3 does, but in fewer calls.
+    network's time goes into; otherwise on each, as SB3 does.
 
     :param optimizer: when this ends, it is as it would be after ordinary steps
     :param parameters: those whose gradient is clipped; they are so after every step
     :param max_grad_norm: what the norm is clipped to
     :param fused: let Adam step in one call, and take the norm of the gradient in one, which rounds differently
     """
-    has_plain_zero_grad = type(optimizer).zero_grad is th.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
     one = _OneTensor(optimizer, parameters, fused) if can_be_one_tensor(optimizer, parameters) else None
 
     def step(loss: th.Tensor | Sequence[th.Tensor]) -> th.Tensor:
         nonlocal one
-        if not isinstance(loss, th.Tensor):
-            if not has_plain_zero_grad:
-                optimizer.zero_grad()
-            if one is None or any(parameter._post_accumulate_grad_hooks for parameter in parameters):
-                _put_gradients(parameters, loss)
-            if one is not None:
-                return one.step(loss, max_grad_norm)
-        else:
+        if isinstance(loss, th.Tensor):
             optimizer.zero_grad()
             loss.backward()
+        elif one is not None and not any(parameter._post_accumulate_grad_hooks for parameter in parameters):
+            return one.step(loss, max_grad_norm)
+        else:
+            optimizer.zero_grad()
+            _accumulate(parameters, loss)
+        if one is not None:
             gradients = [parameter.grad for parameter in parameters]
-            if one is not None and not any(gradient is None for gradient in gradients):
+            if not any(gradient is None for gradient in gradients):
                 return one.step(gradients, max_grad_norm)
-            if one is not None:
-                # Adam leaves parameters alone that the loss does not depend on.
-                one.last_gradients = []
-                one.leave()
-                one = None
+            # Adam leaves parameters alone that the loss does not depend on.
+            one.last_gradients = []
+            one.leave()
+            one = None
         norm = th.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
         return norm
 
-    with _fewer_calls(optimizer, "fused" if fused else "foreach"):
+    with _fused(optimizer) if fused else nullcontext():
         try:
             yield step
         finally:
@@ -68,47 +66,52 @@ def optimizer_step(
                 one.leave()
 
 
-def _put_gradients(parameters: Sequence[th.nn.Parameter], gradients: Sequence[th.Tensor]) -> None:
-    """Give parameters their gradients, as ``backward`` does after ``zero_grad``, and call who waits for them."""
+@th.no_grad()
+def _accumulate(parameters: Sequence[th.nn.Parameter], gradients: Sequence[th.Tensor]) -> None:
+    """Add gradients to those that parameters have, as ``backward`` does, and call who waits for them."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
     for parameter in parameters:
         for hook in (parameter._post_accumulate_grad_hooks or {}).values():
             hook(parameter)
 
 
 @contextmanager
-def _fewer_calls(optimizer: th.optim.Optimizer, how: str) -> Iterator[None]:
+def _fused(optimizer: th.optim.Optimizer) -> Iterator[None]:
     """
-    Let Adam step on all tensors in each call, which torch does by itself on a GPU only.
+    Let Adam step on all tensors in one call, which rounds differently.
 
     Optimizers of other kinds, and a choice that the user made, are left alone.
 
     :param optimizer: its groups are as before afterwards, so that they are saved as they were
-    :param how: "foreach", whose arithmetic is the same, or "fused", whose arithmetic is not
     """
-    if not _is_plain_adam(optimizer) or (how == "foreach" and _is_large(optimizer)):
-        yield
-        return
-    groups = [group for group in optimizer.param_groups if group["foreach"] is None and not group["fused"]]
-    before = [group[how] for group in groups]
+    groups = optimizer.param_groups if _is_plain_adam(optimizer) else []
+    groups = [group for group in groups if group["foreach"] is None and not group["fused"]]
+    before = [group["fused"] for group in groups]
     for group in groups:
-        group[how] = True
+        group["fused"] = True
     try:
         yield
     finally:
         for group, choice in zip(groups, before, strict=True):
-            group[how] = choice
+            group["fused"] = choice
 
 
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
-    # With betas that are tensors, torch calculates otherwise.
-    has_numbers = not any(isinstance(beta, th.Tensor) for group in optimizer.param_groups for beta in group.get("betas", ()))
-    return type(optimizer) in (th.optim.Adam, th.optim.AdamW) and has_numbers
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
+        return False
+    # With tensors in their place, torch calculates otherwise.
+    numbers = (number for group in optimizer.param_groups for number in (group["lr"], *group["betas"]))
+    return not any(isinstance(number, th.Tensor) for number in numbers)
 
 
-def _is_large(optimizer: th.optim.Optimizer) -> bool:
-    return sum(p.numel() for group in optimizer.param_groups for p in group["params"]) > _LARGE
+def _is_one_memory(parameters: Sequence[th.nn.Parameter]) -> bool:
+    """Whether two of the parameters, which are contiguous, share elements."""
+    places = sorted((parameter.data_ptr(), parameter.nbytes) for parameter in parameters)
+    return any(start + size > later for (start, size), (later, _) in itertools.pairwise(places))
 
 
 def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
@@ -124,10 +127,12 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     choices = ("foreach", "fused", "amsgrad", "capturable", "differentiable")
     own_hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     all_hooks = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-    # A scheduler counts the calls of step, and may have put its own in its place.
-    if any(group[choice] for choice in choices) or any(own_hooks) or any(all_hooks) or "step" in vars(optimizer):
+    if any(group[choice] for choice in choices) or any(own_hooks) or any(all_hooks):
         return False
-    if is_patched(type(optimizer), "step") or is_patched(th.nn.utils, "clip_grad_norm_"):
+    # A scheduler counts the calls of step, and may have put its own in its place; gradients that are not set to zero add up.
+    if vars(optimizer).keys() & {"step", "zero_grad"} or is_patched(type(optimizer), "step", "zero_grad"):
+        return False
+    if is_patched(th.nn.utils, "clip_grad_norm_"):
         return False
     if len(group["params"]) != len(parameters) or any(a is not b for a, b in zip(group["params"], parameters, strict=True)):
         return False
@@ -135,7 +140,8 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     states = [optimizer.state.get(p, {}) for p in parameters]
     # All have taken the same number of steps, or none has taken any.
     steps = {float(state["step"]) if state else 0.0 for state in states}
-    return plain and not _is_large(optimizer) and len(steps) == 1
+    is_large = sum(parameter.numel() for parameter in parameters) > _LARGE
+    return plain and not is_large and len(steps) == 1 and not _is_one_memory(parameters)
 
 
 @functools.lru_cache

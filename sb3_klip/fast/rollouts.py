@@ -74,11 +74,12 @@ def _deep_copies(infos: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What ``copy.deepcopy`` makes of dictionaries, of which most values need no copy."""
     if len({*map(id, infos)}) < len(infos) or any(type(info) is not dict for info in infos):
         return copy.deepcopy(infos)
-    memo: dict[int, Any] = {}
-    return [
-        {key: value if type(value) in _IMMUTABLE else copy.deepcopy(value, memo) for key, value in info.items()}
-        for info in infos
-    ]
+    copies: list[dict[str, Any]] = [{} for _ in infos]
+    memo: dict[int, Any] = dict(zip(map(id, infos), copies, strict=True))
+    for own, info in zip(copies, infos, strict=True):
+        for key, value in info.items():
+            own[key] = value if type(value) in _IMMUTABLE else copy.deepcopy(value, memo)
+    return copies
 
 
 class ShortAdd(StandIn):

@@ -13,7 +13,7 @@ from typing import Any
 import torch as th
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 
-from sb3_klip.fast.standing_in import StandIn, is_replaced, standing_in
+from sb3_klip.fast.standing_in import StandIn, is_changed, standing_in
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def short_sequences(policy: Any) -> Iterator[None]:
 
     :param policy: the policy that is updated
     """
-    name = ShortSequences.method
-    own = getattr(type(policy), name, None) is getattr(RecurrentActorCriticPolicy, name) and not is_replaced(policy, name)
+    own = isinstance(policy, RecurrentActorCriticPolicy) and not is_changed(policy, ShortSequences.method)
     with standing_in([ShortSequences(policy)] if own else []):
         yield
 

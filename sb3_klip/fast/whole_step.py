@@ -5,13 +5,13 @@ It needs what tracing needs (:func:`sb3_klip.fast.graph.reason_against`) and pla
 the loss alone is compiled (:mod:`sb3_klip.fast.compiling`).
 """
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch as th
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.graph import MOST_GRAPHS, reason_against, structure_of
@@ -21,7 +21,7 @@ from sb3_klip.fast.validation import unvalidated_distributions
 from sb3_klip.rollout import has_columns
 
 # By model, so that a copy of a model, or one that is pickled, does not carry the other's.
-_STEPS: "weakref.WeakKeyDictionary[Any, dict[Any, Callable[..., Any]]]" = weakref.WeakKeyDictionary()
+_STEPS: MutableMapping[Any, dict[Any, Callable[..., Any]]] = WeakIdKeyDictionary()
 
 
 def can_be_one_step(model: Any, coefficient: Any) -> bool:
