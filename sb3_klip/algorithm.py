@@ -128,8 +128,8 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             except Exception as error:
                 self._beta = saved["beta"]
                 warnings.warn(
-                    f"The coefficient {saved['beta']!r} of the saved model cannot be made: {error} "
-                    "The model can predict, but not train.",
+                    f"The coefficient {saved['beta']!r} of the saved model cannot be made: "
+                    f"{str(error).rstrip('.')}. The model can predict, but not train.",
                     stacklevel=3,
                 )
                 return

@@ -53,8 +53,8 @@ class CSVLogCallback(BaseCallback):
             writer.writeheader()
             writer.writerows(earlier)
             self._csv.keys = list(earlier[0])
-        self._writers = self.logger.output_formats
-        self._writers.append(self._csv)
+        self._log = self.logger  # the model may have another one at the end
+        self._log.output_formats.append(self._csv)
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
         """The rows of the file that are of steps which this training has behind it."""
@@ -73,7 +73,7 @@ class CSVLogCallback(BaseCallback):
     def _on_training_end(self) -> None:
         # RL Zoo ends the training of its first callback a second time, and one that did not begin, too.
         if self._csv is not None:
-            self._writers.remove(self._csv)
+            self._log.output_formats.remove(self._csv)
             self._csv.close()
             self._csv = None
 
@@ -205,7 +205,8 @@ class _PendingComparison:
 
 class ResumableCheckpointCallback(CheckpointCallback):
     """
-    Save checkpoints to resume from, with ``KLipPPO.load(path, env=env, resume=True)`` or RL Zoo's ``-i``.
+    Save checkpoints to resume from, with ``KLipPPO.load(path, env=env, resume=True)`` or RL Zoo's
+    ``-i … -params resume:True``.
 
     A checkpoint is due after every ``save_freq`` steps of an environment. It is saved at the next moment between two rollouts,
     also inside an event callback such as ``EveryNTimesteps``. A kill at any moment never damages a saved checkpoint.

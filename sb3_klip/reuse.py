@@ -119,7 +119,7 @@ class SampleReuse(PerSampleKLTraining):
                 f"there are {memory / 2**30:.1f} GiB of memory: n_steps={int(self.n_steps * memory / needed)} would fit"
             )
         if self.verbose >= 1:
-            print(f"Learning from the last {number} rollouts, which take up to {needed / 2**20:.0f} MiB")
+            print(f"Learning from the last {number} rollouts, which take up to {needed / 2**20:.1f} MiB")
 
     def forget_rollouts(self) -> None:
         """Begin anew with the next rollout, and with the schedule's learning rate."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
@@ -13,7 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from sb3_klip import KLipPPO, ResumableCheckpointCallback
+from sb3_klip import CSVLogCallback, KLipPPO, ResumableCheckpointCallback
 from sb3_klip.checkpoints.callback_state import callbacks_of
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "seed": 0, "device": "cpu"}
@@ -140,6 +141,44 @@ def test_evaluations_and_the_best_model_go_on(tmp_path: Path) -> None:
     assert fresh[0].best_mean_reward >= remembered[1]["state"]["best_mean_reward"] > -np.inf
     assert fresh[1].last_time_trigger == 300
     assert fresh[0].callback.last_best_mean_reward > -np.inf
+
+
+def test_evaluations_are_of_the_same_episodes(tmp_path: Path) -> None:
+    learn_until_killed(model(), 256, [evaluation(tmp_path / "a"), ResumableCheckpointCallback(64, str(tmp_path)), KillAt(200)])
+    learner = resumed(tmp_path / "rl_model_128_steps.zip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.learn(
+            256, callback=[evaluation(tmp_path / "b"), ResumableCheckpointCallback(64, str(tmp_path / "c")), KillAt(-1)]
+        )
+    model().learn(256, callback=evaluation(tmp_path / "whole"))
+    found = [np.load(tmp_path / folder / "evaluations.npz")["results"] for folder in ("b", "whole")]
+    np.testing.assert_array_equal(*found)
+
+
+def test_evaluations_of_other_episodes_are_told(tmp_path: Path) -> None:
+    learn_until_killed(model(), 128, [evaluation(tmp_path), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(70)])
+    other = EvalCallback(make_vec_env("CartPole-v1", 2, seed=5), evaluation(tmp_path).callback, verbose=0)
+    learner = resumed(tmp_path / "rl_model_64_steps.zip")
+    with pytest.warns(
+        UserWarning, match=r"EvalCallback\.eval_env begins anew, .* may differ: env must be made in the same way"
+    ):
+        learner.learn(128, callback=[other, ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)])
+
+
+def test_what_the_last_update_logged_is_written(tmp_path: Path) -> None:
+    """It is written after the next rollout, which is after the checkpoint."""
+    callbacks = [CSVLogCallback(tmp_path / "log.csv"), ResumableCheckpointCallback(64, str(tmp_path))]
+    learn_until_killed(model(), 128, [*callbacks, KillAt(70)])
+    learner = resumed(tmp_path / "rl_model_64_steps.zip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.learn(128, callback=[CSVLogCallback(tmp_path / "log.csv"), callbacks[1], KillAt(-1)])
+    model().learn(128, callback=CSVLogCallback(tmp_path / "whole.csv"))
+    found, expected = (pd.read_csv(tmp_path / name).filter(like="train/") for name in ("log.csv", "whole.csv"))
+    pd.testing.assert_frame_equal(found, expected[found.columns])
+    assert set(found) == set(expected)
+    assert found.iloc[-2:].notna().all(axis=None)
 
 
 def test_a_worse_model_does_not_replace_the_best(tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ def test_what_the_file_has_learned_is_not_for_an_object():
     assert load(checkpoint, beta=own).beta.state_dict() == {"value": 7.0}
 
 
+def test_a_resumed_run_goes_on_with_what_its_coefficient_has_learned(tmp_path):
+    model = small(KLipPPO, task("box"), beta="adaptive").learn(128)
+    model.save(tmp_path / "model", resumable=True)
+    resumed = KLipPPO.load(tmp_path / "model", env=task("box"), resume=True, beta=make("adaptive"))
+    assert resumed.beta.state_dict() == model.beta.state_dict() != make("adaptive").state_dict()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -179,6 +179,9 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a: {beta: step, beta_kwargs: [1]}}", "method 'a': "),
         # What the command line of RL Zoo cannot be told.
         ("{a: {target_kl: .inf}}", "method 'a': "),
+        ("{a: {n_epochs: 0}}", "method 'a': n_epochs=0 must be a whole number, at least 1"),
+        ("{a: {compile: maybe}}", "method 'a': compile must be True, False or a dict"),
+        ("{a: {policy: MlpPolcy}}", "method 'a': policy='MlpPolcy' must be one of MlpPolicy, CnnPolicy"),
         ("{a: {n_steps: 2026-01-01}}", "method 'a': "),
     ],
 )

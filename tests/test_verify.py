@@ -171,7 +171,7 @@ def test_a_coefficient_with_parameters(verify):
 
 
 def test_what_only_our_algorithms_have(verify):
-    assert_identical_result(verify(*DEFAULT, *UPDATES, "log_kl:True"))
+    assert_identical_result(verify(*DEFAULT, *UPDATES, "log_kl:True", "reuse:1"))
 
 
 @forks

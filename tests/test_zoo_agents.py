@@ -531,6 +531,8 @@ def test_a_run_in_an_environment_that_cannot_be_read_goes_on_with_a_new_episode(
         ("rl_model_128_steps.zip", ["n_epochs:3", "gamma:0.9", "resume:True"], "so n_epochs, gamma cannot be set"),
         ("Hopper-v4.zip", ["resume:True"], "Hopper-v4.zip' has nothing to resume from: .* Load it without resume=True"),
         (None, ["resume:True"], "resume:True needs the checkpoint to resume from: -i "),
+        ("rl_model_128_steps.zip", ["resume:'no'"], "resume:'no' must be True or False"),
+        ("rl_model_128_steps.zip", ["resume:True", "beta:sapo"], "'step' with {}, so beta cannot be 'soft_adaptive' with"),
     ],
 )
 def test_what_cannot_be_resumed(checkpoints, tmp_path, checkpoint, params, message):
@@ -538,6 +540,30 @@ def test_what_cannot_be_resumed(checkpoints, tmp_path, checkpoint, params, messa
     with pytest.raises(ValueError, match=message):
         train_here("--env", "Hopper-v4", *RUN, *SILENT, *agent, "-params", *params, cwd=tmp_path)
     assert files(tmp_path) == set()
+
+
+def test_a_run_is_not_resumed_to_end_before_its_checkpoint(checkpoints, tmp_path):
+    agent = checkpoints / "logs" / "klip_ppo" / "Hopper-v4_1" / "rl_model_128_steps.zip"
+    command = ("--env", "Hopper-v4", "--num-threads", 1, "-n", 100, *SILENT, "-i", agent, "-params", "resume:True")
+    with pytest.raises(ValueError, match=r"ends this run at 100 steps, and it is resumed at 128: .* ended at 320"):
+        train_here(*command, cwd=tmp_path)
+
+
+def test_a_run_with_classes_and_a_nameless_coefficient_is_resumed(tmp_path):
+    """RL Zoo's config.yml has tags of Python for the one, and the file has no name to find the other by."""
+    command = ("--env", "CartPole-v1", "--num-threads", 1, "-n", 192, *SILENT)
+    beta = "beta:lambda ratio, advantages, clip_range: 0.5 * (ratio > 1.2).to(ratio.dtype)"
+    own = ('policy_kwargs:"dict(activation_fn=nn.ReLU)"', "env_kwargs:{'sutton_barto_reward': True}")
+    train_here(*command, "--save-freq", 64, "--seed", 3, "-params", *SMALL_UPDATE, *own, beta, cwd=tmp_path)
+    run = tmp_path / "logs" / "klip_ppo" / "CartPole-v1_1"
+    agent = ("-i", run / "rl_model_128_steps.zip", "-f", "resumed", "-params", "resume:True")
+    with pytest.raises(ValueError, match=r"saved with the coefficient 'rl_zoo3.*<lambda>'|is not known in this program"):
+        train_here(*command, *agent, cwd=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "config.yml")
+        train_here(*command, *agent, beta, cwd=tmp_path)
+    ends = [KLipPPO.load(path / "CartPole-v1.zip", beta="step") for path in (run, tmp_path / "resumed/klip_ppo/CartPole-v1_2")]
+    assert_identical(*ends)
 
 
 def test_an_agent_of_ppo_has_nothing_to_resume_from(ppo_agent, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def test_without_an_evaluation_there_is_no_best_agent(env, reason, logs, monkeyp
 
 
 @pytest.mark.slow
+def test_a_folder_without_an_agent_is_passed_over(logs, tmp_path, monkeypatch):
+    """As a training leaves it that was refused; and paths with blanks are quoted in the commands."""
+    folder = tmp_path / "two words"
+    shutil.copytree(logs / "logs", folder)
+    (folder / "klip_ppo" / "CartPole-v1_2" / "CartPole-v1").mkdir(parents=True)
+    run = Run.latest(folder, "klip_ppo", EnvironmentName("CartPole-v1"))
+    assert run.number == 1
+    monkeypatch.chdir(logs)
+    for command in next_commands(run, best=True).values():
+        assert any(word.startswith(str(tmp_path / "two words")) for word in shlex.split(command))
+
+
 @pytest.mark.parametrize("algo", ["klip_ppo", "ppo"])
 def test_the_commands_run_as_they_are_printed(logs, algo):
     output = python("-m", "sb3_klip.zoo.evaluate", "--algo", algo, "--env", "CartPole-v1", cwd=logs).stdout
@@ -106,6 +119,7 @@ def test_python_is_named_as_it_is_typed(tmp_path, monkeypatch):
         ),
         (["--algo", "klip_pop", "--env", "CartPole-v1"], ["--algo: 'klip_pop'", "klip_ppo_lstm", "Did you mean 'klip_ppo'?"]),
         (["--env", "CartPole-v1", "-f", "nowhere"], ["no finished run", "Finished runs: none"]),
+        (["--env", "CartPole-v1", "--seed", "-1"], ["--seed: -1 must be 0 or more"]),
     ],
 )
 def test_errors_say_what_there_is(arguments, parts, logs, monkeypatch, capsys):

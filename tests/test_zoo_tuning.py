@@ -102,7 +102,7 @@ def test_two_workers_search_one_journal_and_a_trial_is_trained_again(tmp_path):
 @pytest.mark.parametrize("name", ["beta", "reuse"])
 def test_search_needs_the_tuner(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}='search' is for --optimize-hyperparameters"):
-        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", f"{name}:'search'", cwd=tmp_path)
+        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", f"{name}:search", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -208,5 +208,9 @@ def test_trials_that_are_not_what_somebody_wants(tmp_path):
     assert messages == []
     with pytest.raises(ValueError, match="--trial-id=3: the study 'study' has 3 trials, from 0 on"):
         load(3)
+    with pytest.raises(ValueError, match="--trial-id=-1 must be 0 or more"):
+        load(-1)
+    with pytest.raises(ValueError, match=r"--study-name='stdy': the storage .* has no such study"):
+        manager_of().load_trial(str(storage), "stdy", 0)
     with pytest.raises(ValueError, match="--trial-id=1 needs --storage and --study-name"):
         manager_of(trial_id=1).read_hyperparameters()

@@ -50,12 +50,13 @@ class LoadArguments:
         self._found: dict[str, Any] = {}
         self._source = ""
 
-    def read(self, checkpoint: Checkpoint, trusted: bool) -> None:
+    def read(self, checkpoint: Checkpoint, trusted: bool, resume: bool = False) -> None:
         """
         Take what the file has, but for what the caller gives; in place of what is lost, RL Zoo's schedules, or defaults.
 
         :param checkpoint: the file
         :param trusted: whether it may run code
+        :param resume: whether the run goes on, so that the coefficient goes on, too, however it is given
         :raises ValueError: if the file cannot be loaded, or is not trusted and holds more than plain data
         """
         self.checkpoint = checkpoint
@@ -71,7 +72,7 @@ class LoadArguments:
         self.objects.update({name: self._found.get(name, self._default(name)) for name in self.lost})
         self.objects.update(self.given)
         # What the file's coefficient has learned is for one that is named, and not for an object, which has its own.
-        if self._has_state:
+        if self._has_state and not resume:
             self.objects["beta_state"] = {}
         if "beta_kwargs" in self.kwargs and "beta" not in self.kwargs:
             # Other parameters than the file's must fit its coefficient, whereas its own are allowed to be unknown.

@@ -14,6 +14,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_klip.checkpoints.env_state import EnvState
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, pathlib.PurePath, np.generic, np.ndarray, th.Tensor)
 #: What a callback is given anew by each call of ``learn``.
 _GIVEN = ("model", "logger", "locals", "globals", "parent", "training_env")
@@ -90,7 +92,7 @@ def remembered(callback: BaseCallback, before: dict[int, dict[str, bytes]]) -> l
     :param callback: as ``learn`` uses it
     :param before: :func:`fingerprints` when ``learn`` began
     :return: for each of :func:`callbacks_of`, its type, what it remembers, whether it has learned anything since ``learn``
-        began, and names of attributes that cannot be kept
+        began, names of attributes that cannot be kept, and the state of environments that it holds
     """
     kept = []
     for each in callbacks_of(callback):
@@ -100,8 +102,17 @@ def remembered(callback: BaseCallback, before: dict[int, dict[str, bytes]]) -> l
         state = {name: value for name, value in state.items() if name not in given or name in changed}
         left = [name for name, value in vars(each).items() if name not in _GIVEN and name not in given and _is_lost(value)]
         has_learned = any(name not in _COUNTERS and not name.startswith("_") for name in changed)
-        kept.append({"type": type(each).__qualname__, "state": state, "has_learned": has_learned, "left": left})
+        envs = {name: EnvState.read(env)._asdict() for name, env in _own_environments(each).items()}
+        of_each = {"type": type(each).__qualname__, "state": state, "has_learned": has_learned, "left": left, "envs": envs}
+        kept.append(of_each)
     return kept
+
+
+def _own_environments(callback: BaseCallback) -> dict[str, VecEnv]:
+    """Environments that a callback holds, as those to evaluate on, by the names of its attributes; not those of training."""
+    training = None if callback.model is None or callback.model.env is None else callback.model.env.unwrapped
+    found = {name: value for name, value in vars(callback).items() if name not in _GIVEN and isinstance(value, VecEnv)}
+    return {name: env for name, env in found.items() if env.unwrapped is not training}
 
 
 def _is_lost(value: Any) -> bool:
@@ -129,6 +140,7 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
             open_.remove(own)
             vars(each).update(own["state"])
             lost += [f"{own['type']}.{name}" for name in own["left"]]
+            _continue_environments(each, own.get("envs", {}))
         elif each.n_calls == 0:
             each.n_calls = calls
     if lost:
@@ -140,4 +152,22 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
         warnings.warn(
             f"Callbacks of the run that is resumed are missing, and what they remembered is lost: {', '.join(gone)}",
             stacklevel=6,
+        )
+
+
+def _continue_environments(callback: BaseCallback, kept: dict[str, dict[str, Any]]) -> None:
+    """Let the environments that a callback holds go on; where they cannot, evaluations are of other episodes."""
+    for name, env in _own_environments(callback).items():
+        if name not in kept:
+            continue
+        state = EnvState(**kept[name])
+        problem = state.problem
+        try:
+            if state.restore(env):
+                continue
+        except ValueError as error:
+            problem = str(error)
+        warnings.warn(
+            f"{type(callback).__name__}.{name} begins anew, so that what is evaluated there may differ: {problem}",
+            stacklevel=7,
         )

@@ -253,12 +253,16 @@ class Checkpoint(NamedTuple):
             )
         return self.resume
 
-    def config(self) -> tuple[pathlib.Path, dict[str, Any]] | None:
-        """RL Zoo's ``config.yml`` that belongs to this checkpoint, and the hyperparameters in it."""
+    def config(self, trusted: bool = False) -> tuple[pathlib.Path, dict[str, Any]] | None:
+        """
+        RL Zoo's ``config.yml`` that belongs to this checkpoint, and the hyperparameters in it.
+
+        :param trusted: whether it may import what it names
+        """
         folder = run_folder(self.path)
         if folder is None or not (file := folder / "config.yml").is_file():
             return None
-        return file, read_zoo_yaml(file)
+        return file, read_zoo_yaml(file, trusted)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from sb3_klip.checkpoints.arguments import LoadArguments
 from sb3_klip.checkpoints.callback_state import continue_callbacks, fingerprints
 from sb3_klip.checkpoints.file import FORMAT, RESUME, Checkpoint
 from sb3_klip.checkpoints.parameters import check_parameters, plain_names
-from sb3_klip.checkpoints.resuming import Boundary, read_state, restore_state
+from sb3_klip.checkpoints.resuming import Boundary, log_again, read_state, restore_state
 from sb3_klip.checkpoints.zoo_run import statistics_file
 from sb3_klip.coefficients import Coefficient
 from sb3_klip.files import write_atomically
@@ -116,6 +116,7 @@ class Checkpoints(OnPolicyAlgorithm):
         self._callback, self._fingerprints = callback, fingerprints(callback)
         if resuming is not None:
             continue_callbacks(callback, resuming["callbacks"], self.num_timesteps // self.n_envs)
+            log_again(self.logger, resuming["logged"])
         return total_timesteps, callback
 
     def _remaining_timesteps(self, total_timesteps: int, reset_num_timesteps: bool) -> int:
@@ -124,6 +125,11 @@ class Checkpoints(OnPolicyAlgorithm):
             self._first_timestep = self.num_timesteps  # the saved call had come to its end, so this one is the next
             return total_timesteps
         end = total_timesteps if reset_num_timesteps else total_timesteps + self._first_timestep
+        if end < self.num_timesteps:
+            raise ValueError(
+                f"total_timesteps={total_timesteps} ends this run at {end} steps, and it is resumed at {self.num_timesteps}: "
+                f"give those of the run that is resumed, which would have ended at {self._total_timesteps}"
+            )
         if end != self._total_timesteps:
             warnings.warn(
                 f"total_timesteps={total_timesteps} ends this run at {end} steps, and the run that is resumed would have "
@@ -234,7 +240,7 @@ class Checkpoints(OnPolicyAlgorithm):
         state = checkpoint.resume_state(trusted) if resume else None
         if resume and env is None:
             raise ValueError("resume=True needs env, made as that of the interrupted run")
-        arguments.read(checkpoint, trusted)
+        arguments.read(checkpoint, trusted, resume)
         if env is not None:
             env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
             arguments.fit(env)

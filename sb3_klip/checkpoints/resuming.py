@@ -6,24 +6,19 @@ beside the model, every random generator, the environments in the middle of thei
 observations. All of that has one well-defined value between two rollouts, which is when it is read and put back.
 """
 
-import io
 import pickle
 import warnings
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cloudpickle
-import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_klip.checkpoints.callback_state import remembered
-from sb3_klip.checkpoints.unpickling import load_tensor
+from sb3_klip.checkpoints.env_state import EnvState, unpickled
 from sb3_klip.reproducibility import processor, read_generators, versions
-
-#: Attributes of environments and wrappers that are not state: files to write to, and what classes have anyhow.
-_NOT_STATE = {"results_writer", "class_attributes"}
 
 #: Attributes of the model that SB3 does not save, or discards when it loads.
 _MODEL_STATE = (
@@ -92,155 +87,8 @@ def conditions(device: th.device) -> dict[str, str]:
         "torch threads": str(th.get_num_threads()),
         "processor": processor(),
         "torch kernels": th.backends.cpu.get_cpu_capability(),
-        "device": str(device)
-        if device.type == "cpu"
-        else th.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else str(device),
+        "device": th.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
-
-
-def _vec_layers(env: VecEnv) -> list[VecEnv]:
-    """The wrappers of vectorized environments, from the outside, and then the vectorized environments."""
-    layers = [env]
-    while isinstance(layers[-1], VecEnvWrapper):
-        layers.append(layers[-1].venv)
-    return layers
-
-
-def _env_layers(env: VecEnv) -> list[gym.Env]:
-    """The wrappers of each environment in this process, from the outside, and then the environment."""
-    layers: list[gym.Env] = []
-    for layer in getattr(env, "envs", ()):
-        while isinstance(layer, gym.Wrapper):
-            layers.append(layer)
-            layer = layer.env
-        layers.append(layer)
-    return layers
-
-
-class _Pickler(cloudpickle.Pickler):
-    """Pickles what layers hold, but not layers."""
-
-    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
-        super().__init__(file)
-        self.positions = {id(layer): position for position, layer in enumerate(layers)}
-
-    def persistent_id(self, obj: Any) -> int | None:
-        position = self.positions.get(id(obj))
-        if position is None and isinstance(obj, (gym.Env, VecEnv)):
-            # Its pickle may well be a recipe to make a new one.
-            raise pickle.PicklingError(f"it holds another environment, a {type(obj).__name__}")
-        return position
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
-        super().__init__(file)
-        self.layers = layers
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self.layers[pid]
-
-    def find_class(self, module: str, name: str) -> Any:
-        # Tensors of a GPU come to the CPU, as there may be no GPU.
-        return load_tensor if (module, name) == ("torch.storage", "_load_from_bytes") else super().find_class(module, name)
-
-
-def _pack(layers: Sequence[Any], all_layers: Sequence[Any]) -> bytes:
-    """Everything that layers hold, in one pickle, so that what they share stays shared."""
-    file = io.BytesIO()
-    states = [{name: value for name, value in vars(layer).items() if name not in _NOT_STATE} for layer in layers]
-    _Pickler(file, all_layers).dump(states)
-    return file.getvalue()
-
-
-def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) -> tuple[bytes | None, str]:
-    """What layers hold, or else why it cannot be read."""
-    try:
-        return _pack(layers, all_layers), ""
-    except Exception as error:  # whatever an object may raise that cannot be pickled
-        return None, f"the state of {name} cannot be read ({type(error).__name__}: {error})"
-
-
-def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> None:
-    """Put everything back into layers."""
-    for layer, state in zip(layers, _Unpickler(io.BytesIO(data), all_layers).load(), strict=True):
-        vars(layer).update(state)
-
-
-def _names(layers: Sequence[Any]) -> list[str]:
-    return [type(layer).__name__ for layer in layers]
-
-
-class EnvState(NamedTuple):
-    """
-    State of vectorized environments.
-
-    :param layers: names of the wrappers and environments that it is of
-    :param wrappers: what each wrapper of the vectorized environments holds; None if that cannot be read
-    :param episodes: what the environments hold, in the middle of their episodes; None if that, or a wrapper, cannot be read
-    :param problem: why not
-    :param generators: then, the random generators of the environments in this process
-    """
-
-    layers: list[str]
-    wrappers: list[bytes | None]
-    episodes: bytes | None
-    problem: str = ""
-    generators: Sequence[np.random.Generator] = ()
-
-    @classmethod
-    def read(cls, env: VecEnv) -> "EnvState":
-        """
-        Read the state.
-
-        An environment's state is taken to be in its Python attributes, which must be picklable: so it is in MuJoCo's tasks
-        and classic control. One in another process, or with state in a library, cannot be read.
-
-        :param env: the environments, between two steps
-        """
-        *wrappers, base = _vec_layers(env)
-        inner = [base, *_env_layers(base)]
-        layers = [*wrappers, *inner]
-        # The environments together, as they may share things; each wrapper by itself, so that one that cannot be read does not
-        # cost the statistics of another.
-        read = [_try_to_pack([wrapper], layers, type(wrapper).__name__) for wrapper in wrappers]
-        episodes, problem = _try_to_pack(inner, layers, str(inner[-1]))
-        if not isinstance(base, DummyVecEnv):
-            problem = f"the environments of a {type(base).__name__} are not in this process"
-        problem = next((wrong for _, wrong in read if wrong), problem)
-        state = cls(_names(layers), [packed for packed, _ in read], episodes, problem)
-        if not problem:
-            return state
-        return state._replace(episodes=None, generators=[each.unwrapped.np_random for each in getattr(base, "envs", ())])
-
-    def restore(self, env: VecEnv) -> bool:
-        """
-        Put the state back.
-
-        :param env: environments made as those that it was read from
-        :return: whether the episodes go on; if not, they must begin anew
-        :raises ValueError: if the environments are not wrapped in the same way, or not as many
-        """
-        *wrappers, base = _vec_layers(env)
-        inner = [base, *_env_layers(base)]
-        layers = [*wrappers, *inner]
-        if _names(layers) != self.layers:
-            raise ValueError(
-                "env must be made in the same way as that of the run to resume, with the same wrappers and as many "
-                f"environments: it is {' > '.join(_names(layers))}, and was {' > '.join(self.layers)}"
-            )
-        for wrapper, state in zip(wrappers, self.wrappers, strict=True):
-            if state is not None:
-                _unpack(state, [wrapper], layers)
-        if self.episodes is None:
-            base._reset_seeds()  # or the next reset would seed the generators again
-            for each, generator in zip(getattr(base, "envs", ()), self.generators, strict=False):
-                each.unwrapped.np_random = generator
-            return False
-        _unpack(self.episodes, inner, layers)
-        return True
 
 
 def read_state(model: Any) -> bytes:
@@ -267,8 +115,29 @@ def read_state(model: Any) -> bytes:
         "model": {name: getattr(model, name) for name in _MODEL_STATE if hasattr(model, name)},
         "env": EnvState.read(model.env)._asdict(),
         "callbacks": [] if model._callback is None else remembered(model._callback, model._fingerprints),
+        "logged": _logged(model._logger),
     }
     return cloudpickle.dumps(state)
+
+
+def _logged(logger: Logger | None) -> dict[str, tuple[Any, int, Any]]:
+    """The numbers of the last update, which are written only after the next rollout: value, count, and where not to write."""
+    if logger is None:
+        return {}
+    numbers = {key: value for key, value in logger.name_to_value.items() if isinstance(value, (int, float, np.number))}
+    return {key: (value, logger.name_to_count[key], logger.name_to_excluded.get(key)) for key, value in numbers.items()}
+
+
+def log_again(logger: Logger, logged: dict[str, tuple[Any, int, Any]]) -> None:
+    """
+    Have numbers written that the interrupted run had not written yet.
+
+    :param logger: of the resumed run
+    :param logged: as :func:`read_state` has kept them
+    """
+    for key, (value, count, excluded) in logged.items():
+        logger.record(key, value, excluded)
+        logger.name_to_count[key] = count
 
 
 def restore_state(model: Any, data: bytes) -> dict[str, Any]:
@@ -277,10 +146,10 @@ def restore_state(model: Any, data: bytes) -> dict[str, Any]:
 
     :param model: the model, loaded with its environments
     :param data: the state
-    :return: what is put back when learning goes on: the state of the random generators, and of callbacks
+    :return: what is put back when learning goes on: the state of the random generators, of callbacks and of the logger
     :raises ValueError: if the environments are not like those of the state
     """
-    state = _Unpickler(io.BytesIO(data), ()).load()
+    state = unpickled(data)
     earlier = state["versions"]
     different = [
         f"{name} {earlier.get(name, 'unknown')} then, {value} now"
@@ -299,7 +168,8 @@ def restore_state(model: Any, data: bytes) -> dict[str, Any]:
             f"The run goes on at the start of an episode, and not exactly where it was, as {env.problem}.", stacklevel=4
         )
         model._last_obs = None  # makes learn() reset the environments
-    return {"generators": state["generators"], "callbacks": state.get("callbacks", [])}
+    # Older checkpoints do not have all of it.
+    return {"generators": state["generators"], "callbacks": state.get("callbacks", []), "logged": state.get("logged", {})}
 
 
 def _on_device(value: Any, device: th.device) -> Any:

@@ -28,6 +28,10 @@ def zoo_schedule(value: Any) -> Any:
         return None
 
 
+#: The tag of what is found by its name.
+_NAME = "tag:yaml.org,2002:python/name:"
+
+
 class _ZooYaml(yaml.SafeLoader):
     """RL Zoo writes an OrderedDict, which is plain data, but with a tag that the safe loader does not know."""
 
@@ -41,16 +45,36 @@ _ZooYaml.add_constructor("tag:yaml.org,2002:python/object/apply:collections.Orde
 _ZooYaml.add_constructor("tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node)))  # type: ignore[arg-type]
 
 
-def read_zoo_yaml(file: pathlib.Path) -> dict[str, Any]:
+# The name of a class, such as an activation function, is not looked up.
+_ZooYaml.add_multi_constructor(_NAME, lambda loader, suffix, node: None)
+
+
+class _TrustedYaml(yaml.UnsafeLoader):
+    """What RL Zoo's own scripts read such a file with, but for names that lead nowhere, as that of a lambda."""
+
+
+def _found_or_none(loader: yaml.UnsafeLoader, name: str, node: yaml.Node) -> Any:
+    try:
+        return loader.construct_python_name(name, node)  # type: ignore[attr-defined]
+    except yaml.constructor.ConstructorError:
+        return None
+
+
+_TrustedYaml.add_multi_constructor(_NAME, _found_or_none)
+
+
+def read_zoo_yaml(file: pathlib.Path, trusted: bool = False) -> dict[str, Any]:
     """
-    Read a ``config.yml`` or ``args.yml`` of RL Zoo, running nothing in it.
+    Read a ``config.yml`` or ``args.yml`` of RL Zoo.
 
     :param file: the file
-    :return: what it holds; empty if that is anything but plain data
+    :param trusted: whether it may import and run what it names, as RL Zoo's own scripts do; otherwise, None stands for what is
+        no plain data
+    :return: what it holds; empty if it cannot be read, with a warning
     """
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_ZooYaml)
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TrustedYaml if trusted else _ZooYaml)
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         warnings.warn(f"{file} could not be read, and is ignored: {error}", stacklevel=3)
         return {}
     return content if isinstance(content, dict) else {}

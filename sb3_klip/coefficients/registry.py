@@ -199,8 +199,8 @@ def _imported(name: str) -> Callable[..., Any]:
     if separator and attribute.isidentifier():
         try:
             found = getattr(importlib.import_module(module), attribute, None)
-        except (ImportError, ValueError) as error:  # ValueError: no module before the colon
-            reason = f" {module} cannot be imported: {error}."
+        except Exception as error:  # whatever the module raises; ValueError where there is none before the colon
+            reason = f" {module} cannot be imported: {type(error).__name__}: {error}."
         else:
             if callable(found):
                 return found

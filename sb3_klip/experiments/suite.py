@@ -14,10 +14,10 @@ import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 
+from sb3_klip.arguments import check_arguments
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.experiments.cell import Cell
-from sb3_klip.replay import weights_by_age
 from sb3_klip.zoo import ALGORITHMS, hyperparameters, register
 
 #: Keys of a suite file; all but ``timesteps`` must be there.
@@ -216,10 +216,15 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         mistakes.append(f"method {method!r}: {error}")
+    if isinstance(policy := settings.get("policy"), str) and "." not in policy:
+        policies = ALGOS[algo].policy_aliases
+        if policy not in policies:
+            hint = did_you_mean(policy, policies)
+            mistakes.append(f"method {method!r}: policy={policy!r} must be one of {', '.join(policies)}.{hint}")
     if algo in ALGORITHMS:
         try:
             make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
-            weights_by_age(settings.get("reuse", 1))
+            check_arguments(settings)
         except (ValueError, TypeError) as error:
             mistakes.append(f"method {method!r}: {error}")
     return mistakes

@@ -21,6 +21,7 @@ from rl_zoo3.utils import StoreDict
 from stable_baselines3.common.preprocessing import is_image_space
 
 from sb3_klip import zoo
+from sb3_klip.arguments import check_arguments
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.verify.comparison import Comparison
@@ -109,6 +110,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--output={options.output}: the folder does not exist")
     if options.output.is_dir():
         raise ValueError(f"--output={options.output} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=options.output.absolute().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output={options.output}: the folder cannot be written to ({error})") from error
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed={options.seed} must be from 0 to 2**32 - 1")
     _check_hyperparams(options)
@@ -124,6 +130,7 @@ def _check_hyperparams(options: argparse.Namespace) -> None:
     if options.estimator == "analytic" and options.beta != "step":
         raise ValueError(f"--estimator=analytic shows what is left of --beta=step, not of {options.beta!r}")
     make_beta(options.beta, options.params.get("beta_kwargs"))
+    check_arguments(options.params)
 
 
 def _write_conf(options: argparse.Namespace, folder: Path) -> str:

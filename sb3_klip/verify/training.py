@@ -29,10 +29,6 @@ from sb3_klip.verify.bits import GradientRecorder, state_tensors
 
 #: The variants that are compared, by what ``--algo`` calls them.
 PAIRS = {variant.zoo_base.removeprefix("ppo_"): variant for variant in VARIANTS}
-#: Arguments that PPO does not have.
-OURS = ("beta_kwargs", "log_kl", "compile")
-
-
 #: Tensors by name, as they go through a pipe.
 Arrays: TypeAlias = dict[str, np.ndarray]
 
@@ -119,7 +115,8 @@ def _make(options: argparse.Namespace, algo: str, conf: str, logs: str) -> tuple
     if algo == PAIRS[options.algo].zoo_name:
         params["beta"] = "sb3_klip.verify.analytic:analytic_step" if options.estimator == "analytic" else options.beta
     else:
-        params = {name: value for name, value in params.items() if name not in OURS}
+        known = zoo.hyperparameters(PAIRS[options.algo].base_algorithm)
+        params = {name: value for name, value in params.items() if name in known}
     set_random_seed(options.seed)
     manager = ExperimentManager(
         options,

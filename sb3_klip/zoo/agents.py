@@ -15,7 +15,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_klip.callbacks import ResumableCheckpointCallback
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import load_vecnormalize, read_zoo_yaml, statistics_file
+from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.reproducibility import unchanged_generators
+from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs
 
 #: Episodes that a loaded agent plays before it is trained further.
 EPISODES = 20
@@ -34,20 +36,24 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
     :raises ValueError: if there is no checkpoint to resume from, or if other hyperparameters are given
     """
     manager.resume = resume = hyperparams.pop(RESUME, False)  # type: ignore[attr-defined]
+    if not isinstance(resume, bool):
+        raise ValueError(f"resume:{resume!r} must be True or False")
     if not resume:
         return None
     if not manager.continue_training:
         raise ValueError("resume:True needs the checkpoint to resume from: -i …/rl_model_…_steps.zip")
-    if others := [name for name in manager.custom_hyperparams or () if name != RESUME]:
+    given = manager.custom_hyperparams or {}
+    if others := [name for name in given if name not in (RESUME, "beta", "beta_kwargs")]:
         raise ValueError(f"resume:True takes the hyperparameters of the interrupted run, so {', '.join(others)} cannot be set")
     checkpoint = Checkpoint.read(manager.trained_agent)
     checkpoint.resume_state(trusted=True)
-    config = checkpoint.config()
-    if config is None:
+    config = checkpoint.config(trusted=True)
+    if config is None or "n_timesteps" not in config[1]:
         raise ValueError(f"{checkpoint.name} cannot be resumed: there is no config.yml with its hyperparameters beside it")
     file, resumed = config
+    _check_same_beta(checkpoint, given)
     print(f"Resuming with the hyperparameters of the interrupted run: {file}")
-    arguments = read_zoo_yaml(file.with_name("args.yml"))
+    arguments = read_zoo_yaml(file.with_name("args.yml"), trusted=True)
     if (env_id := arguments.get("env", manager.env_name.gym_id)) != manager.env_name.gym_id:
         raise ValueError(f"{checkpoint.name} is of a run on {env_id}, which cannot be resumed on {manager.env_name.gym_id}")
     # They are written to the args.yml of this run, so that it can be resumed in turn.
@@ -57,6 +63,25 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
     if manager.n_timesteps <= 0:
         manager.n_timesteps = checkpoint.data["_total_timesteps"]
     return resumed
+
+
+def _check_same_beta(checkpoint: Checkpoint, given: dict[str, Any]) -> None:
+    """
+    Refuse another coefficient than that of the run to resume; its own has to be given again if it has no name to find it by.
+
+    :param checkpoint: of the run
+    :param given: hyperparameters of the command line
+    :raises ValueError: if it is another one
+    """
+    saved, saved_kwargs = checkpoint.data["beta"], checkpoint.data.get("beta_kwargs")
+    if "beta" in given or "beta_kwargs" in given:
+        evaluate_beta_kwargs(given)
+        beta = make_beta(given.get("beta", saved), given.get("beta_kwargs"))
+        if (beta.name, dict(beta.parameters)) != (saved, saved_kwargs):
+            raise ValueError(
+                f"resume:True goes on with the coefficient of the interrupted run, {saved!r} with {saved_kwargs}, so beta "
+                f"cannot be {beta.name!r} with {dict(beta.parameters)}"
+            )
 
 
 def keep_statistics(manager: ExperimentManager, *hyperparams: dict[str, Any]) -> None:
@@ -121,6 +146,7 @@ def resume(manager: ExperimentManager, env: VecEnv) -> BaseAlgorithm:
         env=env,
         device=manager.device,
         resume=True,
+        **{name: value for name, value in (manager.custom_hyperparams or {}).items() if name in ("beta", "beta_kwargs")},
         tensorboard_log=manager.tensorboard_log,
         verbose=manager.verbose,
     )

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -51,9 +52,16 @@ class Run(NamedTuple):
         """What ``rl_zoo3.train`` was called with."""
         return read_zoo_yaml(self.path / self.env / "args.yml")
 
+    @classmethod
+    def latest(cls, folder: Path, algo: str, env: EnvironmentName) -> "Run":
+        """The latest run with an agent, as a training that was refused leaves a folder without one; or else the latest."""
+        number = get_latest_run_id(str(folder / algo), env)
+        runs = [cls(folder, algo, env, each) for each in range(number, 0, -1)]
+        return next((run for run in runs if run.agents), cls(folder, algo, env, number))
+
     def tensorboard_log(self) -> Path | None:
         """The newest log for TensorBoard of a run on this environment, if any was written."""
-        folder = self.arguments()["tensorboard_log"]
+        folder = self.arguments().get("tensorboard_log")
         files = list(Path(folder, self.env).glob("*/events.out.tfevents.*")) if folder else []
         return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
 
@@ -68,7 +76,7 @@ def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float
     :return: mean and standard deviation over :data:`~sb3_klip.zoo.agents.EPISODES` episodes
     """
     hyperparams, statistics = get_saved_hyperparams(str(run.path / run.env), test_mode=True)
-    env_kwargs = run.arguments()["env_kwargs"] or hyperparams.pop("env_kwargs", None)
+    env_kwargs = run.arguments().get("env_kwargs") or hyperparams.pop("env_kwargs", None)
     id_ = run.env.gym_id
     with contextlib.redirect_stdout(io.StringIO()):  # the zoo says which statistics it loads
         env = create_test_env(id_, 1, statistics, seed, None, False, hyperparams, env_kwargs)
@@ -86,14 +94,15 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     :param best: whether to use the best agent, not the last
     :return: command by purpose
     """
-    agent = f"--algo {run.algo} --env {run.env.gym_id} -f {run.folder}{' --load-best' if best else ''}"
+    folder = shlex.quote(str(run.folder))
+    agent = f"--algo {run.algo} --env {run.env.gym_id} -f {folder}{' --load-best' if best else ''}"
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
     drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
     log = run.tensorboard_log() if run.algo in ALGORITHMS else None
     if log:
-        plot = f"sb3_klip.plot distribution {log} -o {run.path}"
+        plot = f"sb3_klip.plot distribution {shlex.quote(str(log))} -o {shlex.quote(str(run.path))}"
     else:
-        plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {run.folder}"
+        plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {folder}"
     return {
         "watch": f"{_python()} -m rl_zoo3.enjoy {agent}",
         "film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}",
@@ -130,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     register()
     if args.algo not in ALGOS:
         parser.error(f"--algo: {args.algo!r} must be one of {', '.join(sorted(ALGOS))}.{did_you_mean(args.algo, ALGOS)}")
-    run = Run(args.folder, args.algo, args.env, get_latest_run_id(str(args.folder / args.algo), args.env))
+    if args.seed < 0:
+        parser.error(f"--seed: {args.seed} must be 0 or more")
+    run = Run.latest(args.folder, args.algo, args.env)
     agents = run.agents
     if "last" not in agents:
         finished = sorted({path.stem for path in args.folder.glob(f"{args.algo}/*_*/*-v*.zip")})
@@ -143,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, (mean, std) in returns.items():
         print(f"  {label} agent: {mean:.1f} +/- {std:.1f}   {agents[label]}")
     if "best" not in agents:
-        frequency = run.arguments()["eval_freq"]
+        frequency = run.arguments().get("eval_freq", 0)
         reason = (
             f"the training was shorter than --eval-freq {frequency}" if frequency > 0 else "it was not evaluated in training"
         )

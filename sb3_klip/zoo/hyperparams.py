@@ -73,13 +73,13 @@ def overlaid_hyperparams(base: str, name: str) -> dict[str, Any]:
 
 def names_as_text(argument: str) -> str:
     """
-    Add missing quotes to names in ``beta`` and ``beta_kwargs``, as RL Zoo evaluates the values of ``-params`` as Python.
+    Add missing quotes to names in ``beta``, ``beta_kwargs`` and ``reuse``: RL Zoo evaluates values of ``-params`` as Python.
 
     :param argument: argument of ``-params``, such as ``beta:linear_ramp``, ``beta:my_module:my_ramp`` or
         ``beta_kwargs:dict(estimator=k3)``
     """
     key, _, value = argument.partition(":")
-    return f"{key}:{_quoted(value)}" if key in ("beta", "beta_kwargs") else argument
+    return f"{key}:{_quoted(value)}" if key in ("beta", "beta_kwargs", "reuse") else argument
 
 
 def _quoted(code: str) -> str:

@@ -12,11 +12,10 @@ from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import load_vecnormalize
 from sb3_klip.coefficients.registry import make_beta
-from sb3_klip.fast.compiling import check_compile
-from sb3_klip.replay import weights_by_age
 from sb3_klip.variants import VARIANTS
 from sb3_klip.zoo import agents
 from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, names_as_text, zoo_hyperparams
@@ -100,9 +99,8 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
         agents.keep_statistics(manager, hyperparams, saved_hyperparams)
     if (resumed := agents.read_resumed(manager, hyperparams)) is not None:
         return dict(resumed), resumed
-    check_compile(hyperparams.get("compile", False))
     searches_beta = _searches(manager, hyperparams)
-    weights_by_age(hyperparams.get("reuse", 1))
+    check_arguments(hyperparams)
     if not searches_beta:
         evaluate_beta_kwargs(hyperparams)
         # A checkpoint that is trained further keeps its own coefficient, unless another one is asked for.

@@ -140,9 +140,13 @@ def load_trial(
     :param convert: whether to return hyperparameters instead of the sampled parameters
     :raises ValueError: if there is no such trial
     """
+    if trial_id is not None and trial_id < 0:
+        raise ValueError(f"--trial-id={trial_id} must be 0 or more")
     with _studies("load_study") as studies:
         try:
             params = original(manager, storage, study_name, trial_id, convert)
+        except KeyError as error:
+            raise ValueError(f"--study-name={study_name!r}: the storage {storage} has no such study ({error})") from None
         except IndexError:
             number = len(studies[-1].trials)
             raise ValueError(f"--trial-id={trial_id}: the study {study_name!r} has {number} trials, from 0 on") from None

@@ -1,0 +1,169 @@
+"""The state of vectorized environments: in the middle of their episodes, with their wrappers and random generators."""
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+
+from sb3_klip.checkpoints.unpickling import load_tensor
+
+#: Attributes of environments and wrappers that are not state: files to write to, and what classes have anyhow.
+_NOT_STATE = {"results_writer", "class_attributes"}
+
+
+def _vec_layers(env: VecEnv) -> list[VecEnv]:
+    """The wrappers of vectorized environments, from the outside, and then the vectorized environments."""
+    layers = [env]
+    while isinstance(layers[-1], VecEnvWrapper):
+        layers.append(layers[-1].venv)
+    return layers
+
+
+def _env_layers(env: VecEnv) -> list[gym.Env]:
+    """The wrappers of each environment in this process, from the outside, and then the environment."""
+    layers: list[gym.Env] = []
+    for layer in getattr(env, "envs", ()):
+        while isinstance(layer, gym.Wrapper):
+            layers.append(layer)
+            layer = layer.env
+        layers.append(layer)
+    return layers
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles what layers hold, but not layers."""
+
+    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
+        super().__init__(file)
+        self.positions = {id(layer): position for position, layer in enumerate(layers)}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        position = self.positions.get(id(obj))
+        if position is None and isinstance(obj, (gym.Env, VecEnv)):
+            # Its pickle may well be a recipe to make a new one.
+            raise pickle.PicklingError(f"it holds another environment, a {type(obj).__name__}")
+        return position
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
+        super().__init__(file)
+        self.layers = layers
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self.layers[pid]
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Tensors of a GPU come to the CPU, as there may be no GPU.
+        return load_tensor if (module, name) == ("torch.storage", "_load_from_bytes") else super().find_class(module, name)
+
+
+def _pack(layers: Sequence[Any], all_layers: Sequence[Any]) -> bytes:
+    """Everything that layers hold, in one pickle, so that what they share stays shared."""
+    file = io.BytesIO()
+    states = [{name: value for name, value in vars(layer).items() if name not in _NOT_STATE} for layer in layers]
+    _Pickler(file, all_layers).dump(states)
+    return file.getvalue()
+
+
+def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) -> tuple[bytes | None, str]:
+    """What layers hold, or else why it cannot be read."""
+    try:
+        return _pack(layers, all_layers), ""
+    except Exception as error:  # whatever an object may raise that cannot be pickled
+        return None, f"the state of {name} cannot be read ({type(error).__name__}: {error})"
+
+
+def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> None:
+    """Put everything back into layers."""
+    for layer, state in zip(layers, unpickled(data, all_layers), strict=True):
+        vars(layer).update(state)
+
+
+def _names(layers: Sequence[Any]) -> list[str]:
+    return [type(layer).__name__ for layer in layers]
+
+
+def unpickled(data: bytes, layers: Sequence[Any] = ()) -> Any:
+    """
+    What a checkpoint holds as a pickle; running it, so only of a file that is trusted.
+
+    :param data: the pickle
+    :param layers: the environments and wrappers that it names by their positions
+    """
+    return _Unpickler(io.BytesIO(data), layers).load()
+
+
+class EnvState(NamedTuple):
+    """
+    State of vectorized environments.
+
+    :param layers: names of the wrappers and environments that it is of
+    :param wrappers: what each wrapper of the vectorized environments holds; None if that cannot be read
+    :param episodes: what the environments hold, in the middle of their episodes; None if that, or a wrapper, cannot be read
+    :param problem: why not
+    :param generators: then, the random generators of the environments in this process
+    """
+
+    layers: list[str]
+    wrappers: list[bytes | None]
+    episodes: bytes | None
+    problem: str = ""
+    generators: Sequence[np.random.Generator] = ()
+
+    @classmethod
+    def read(cls, env: VecEnv) -> "EnvState":
+        """
+        Read the state.
+
+        An environment's state is taken to be in its Python attributes, which must be picklable: so it is in MuJoCo's tasks
+        and classic control. One in another process, or with state in a library, cannot be read.
+
+        :param env: the environments, between two steps
+        """
+        *wrappers, base = _vec_layers(env)
+        inner = [base, *_env_layers(base)]
+        layers = [*wrappers, *inner]
+        # The environments together, as they may share things; each wrapper by itself, so that one that cannot be read does not
+        # cost the statistics of another.
+        read = [_try_to_pack([wrapper], layers, type(wrapper).__name__) for wrapper in wrappers]
+        episodes, problem = _try_to_pack(inner, layers, str(inner[-1]))
+        if not isinstance(base, DummyVecEnv):
+            problem = f"the environments of a {type(base).__name__} are not in this process"
+        problem = next((wrong for _, wrong in read if wrong), problem)
+        state = cls(_names(layers), [packed for packed, _ in read], episodes, problem)
+        if not problem:
+            return state
+        return state._replace(episodes=None, generators=[each.unwrapped.np_random for each in getattr(base, "envs", ())])
+
+    def restore(self, env: VecEnv) -> bool:
+        """
+        Put the state back.
+
+        :param env: environments made as those that it was read from
+        :return: whether the episodes go on; if not, they must begin anew
+        :raises ValueError: if the environments are not wrapped in the same way, or not as many
+        """
+        *wrappers, base = _vec_layers(env)
+        inner = [base, *_env_layers(base)]
+        layers = [*wrappers, *inner]
+        if _names(layers) != self.layers:
+            raise ValueError(
+                "env must be made in the same way as that of the run to resume, with the same wrappers and as many "
+                f"environments: it is {' > '.join(_names(layers))}, and was {' > '.join(self.layers)}"
+            )
+        for wrapper, state in zip(wrappers, self.wrappers, strict=True):
+            if state is not None:
+                _unpack(state, [wrapper], layers)
+        if self.episodes is None:
+            base._reset_seeds()  # or the next reset would seed the generators again
+            for each, generator in zip(getattr(base, "envs", ()), self.generators, strict=False):
+                each.unwrapped.np_random = generator
+            return False
+        _unpack(self.episodes, inner, layers)
+        return True
