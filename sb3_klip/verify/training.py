@@ -82,7 +82,9 @@ class Training:
             self.connection.send(message)
 
     def end(self) -> None:
-        """End it, wherever it is."""
+        """End it, wherever it is: as soon as it has something to tell, which nobody hears, or else at once."""
+        self.connection.close()
+        self.process.join(timeout=2)
         self.process.kill()
         self.process.join()
 
