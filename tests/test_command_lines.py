@@ -99,6 +99,7 @@ def test_verify_as_it_is_typed(tmp_path):
 def test_verify_different_as_it_is_typed(tmp_path):
     result = typed(*DEFAULT, "--beta", "linear_ramp", "-o", tmp_path / "d.pt", *UPDATES, cwd=tmp_path, status=1)
     found_difference(result, tmp_path / "d.pt")
+    assert result.err == ""  # no process has left anything behind
 
 
 @pytest.mark.slow
