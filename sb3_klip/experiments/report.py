@@ -1,6 +1,5 @@
 """Tables from the results of a suite, as one Markdown file."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -246,8 +245,8 @@ def _verdict(method: str, difference: Interval, reference: str) -> str:
     elif percent.high < 0:
         says = f"worse than `{reference}`"
     else:
-        gain, loss = math.ceil(percent.high), math.ceil(-percent.low)
-        says = f"no difference is shown; a gain of more than {gain} % is excluded, and a loss of more than {loss} %"
+        bounds = f"a gain of more than {percent.high:.0f} % is excluded, and a loss of more than {-percent.low:.0f} %"
+        says = f"no difference is shown: {bounds}"
     return f"- `{method}`: {percent.text('{:+.0f}')}; {says}."
 
 
