@@ -170,6 +170,7 @@ def test_what_the_last_update_logged_is_written(tmp_path: Path) -> None:
     """It is written after the next rollout, which is after the checkpoint."""
     callbacks = [CSVLogCallback(tmp_path / "log.csv"), ResumableCheckpointCallback(64, str(tmp_path))]
     learn_until_killed(model(), 128, [*callbacks, KillAt(70)])
+    callbacks[0].on_training_end()  # closes the file, as the end of a process does
     learner = resumed(tmp_path / "rl_model_64_steps.zip")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
