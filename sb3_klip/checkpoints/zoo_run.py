@@ -68,8 +68,7 @@ def read_zoo_yaml(file: pathlib.Path, trusted: bool = False) -> dict[str, Any]:
     Read a ``config.yml`` or ``args.yml`` of RL Zoo.
 
     :param file: the file
-    :param trusted: whether it may import and run what it names, as RL Zoo's own scripts do; otherwise, None stands for what is
-        no plain data
+    :param trusted: whether it may import and run what it names, as RL Zoo's own scripts do; otherwise, None stands for a class
     :return: what it holds; empty if it cannot be read, with a warning
     """
     try:
