@@ -7,6 +7,7 @@ all of it must be the same: every bit of the models, the random generators after
 warnings but for the name of the class.
 """
 
+import collections
 import copy
 import dataclasses
 import io
@@ -39,6 +40,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
@@ -645,28 +647,9 @@ def a_learned_weight_of_the_entropy(case: Case) -> Any:
 # -- rollout buffers of one's own ------------------------------------------------------------------------------------------
 
 
-class OneMore(NamedTuple):
-    """Samples with one field more than SB3's, which may be empty."""
-
-    observations: Any
-    actions: Any
-    old_values: Any
-    old_log_prob: Any
-    advantages: Any
-    returns: Any
-    more: Any = None
-
-
-@dataclasses.dataclass
-class AsDataclass:
-    """Samples that are no tuple."""
-
-    observations: Any
-    actions: Any
-    old_values: Any
-    old_log_prob: Any
-    advantages: Any
-    returns: Any
+#: Samples with one field more than SB3's, which is empty, and samples that are no tuple.
+OneMore = collections.namedtuple("OneMore", (*RolloutBufferSamples._fields, "more"), defaults=[None])
+AsDataclass = dataclasses.make_dataclass("AsDataclass", RolloutBufferSamples._fields)
 
 
 @scenario("KLipPPO", one_more=OneMore, as_dataclass=AsDataclass)

@@ -108,7 +108,7 @@ def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     return not any(isinstance(number, th.Tensor) for number in numbers)
 
 
-def _is_one_memory(parameters: Sequence[th.nn.Parameter]) -> bool:
+def _share_memory(parameters: Sequence[th.nn.Parameter]) -> bool:
     """Whether two of the parameters, which are contiguous, share elements."""
     places = sorted((parameter.data_ptr(), parameter.nbytes) for parameter in parameters)
     return any(start + size > later for (start, size), (later, _) in itertools.pairwise(places))
@@ -141,7 +141,7 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     # All have taken the same number of steps, or none has taken any.
     steps = {float(state["step"]) if state else 0.0 for state in states}
     is_large = sum(parameter.numel() for parameter in parameters) > _LARGE
-    return plain and not is_large and len(steps) == 1 and not _is_one_memory(parameters)
+    return plain and not is_large and len(steps) == 1 and not _share_memory(parameters)
 
 
 @functools.lru_cache

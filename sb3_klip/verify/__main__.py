@@ -111,8 +111,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.output.is_dir():
         raise ValueError(f"--output={options.output} is a folder")
     try:
-        with tempfile.TemporaryFile(dir=options.output.absolute().parent):
-            pass
+        tempfile.TemporaryFile(dir=options.output.absolute().parent).close()
     except OSError as error:
         raise ValueError(f"--output={options.output}: the folder cannot be written to ({error})") from error
     if not 0 <= options.seed < 2**32:
