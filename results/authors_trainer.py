@@ -1,24 +1,39 @@
 """
-RL Zoo with the two places where the paper's trainer differs from Stable-Baselines3, each of which can be switched off.
+RL Zoo with the two places where the paper's trainer differs from Stable-Baselines3, together and one by one.
 
-    python results/authors_trainer.py --env HalfCheetah-v4 --seed 0 -conf sb3_klip.hyperparams.paper \
-        --num-threads 1 --eval-freq -1 -f logs/authors -params vf_coef:0.5
-    python results/authors_trainer.py … -params vf_coef:0.5 rollout_advantages:False
-    python results/authors_trainer.py … -params larger_value_loss:False      # vf_coef 0.25, as the factor 1/2 goes with it
+    python results/authors_trainer.py both --env LunarLander-v3 --seed 0
 
-All other arguments are those of ``rl_zoo3.train``; the algorithm is called ``authors_ppo``. It serves to attribute a
-difference between the paper's numbers and ours; what remains is the version of MuJoCo.
+It trains under the paper's protocol and writes ``results/authors_trainer/results/LunarLander-v3/both/seed-0.csv``. It serves
+to attribute a difference between the paper's numbers and ours; what remains is the version of MuJoCo.
 """
 
+import argparse
+import shlex
 import sys
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch as th
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.train import train
 from rl_zoo3.utils import ALGOS
+from sb3_klip.hyperparams.paper import hyperparams
 
 from sb3_klip import KLipPPO
+from sb3_klip.experiments.cell import commit
+from sb3_klip.experiments.results import read_episodes, summarize, write_result
+from sb3_klip.reproducibility import processor, versions
+
+#: What each method changes in ``hyperparams/paper.yml``; the larger value loss has a factor of 1/2, which SB3's has not.
+METHODS: dict[str, dict[str, Any]] = {
+    "both": {"vf_coef": 0.5},
+    "value_loss": {"vf_coef": 0.5, "rollout_advantages": False},
+    "advantages": {"larger_value_loss": False},
+}
+FOLDER = Path(__file__).with_suffix("") / "results"
 
 
 class AuthorsPPO(KLipPPO):
@@ -53,9 +68,31 @@ class AuthorsPPO(KLipPPO):
         return 0.5 * th.max((values - returns).square(), (clipped - returns).square()).mean()
 
 
+def main() -> None:
+    """Train one run, and write its result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--env", required=True, choices=[task for task in hyperparams if task != "default"])
+    parser.add_argument("--seed", type=int, required=True)
+    options = parser.parse_args()
+    method, env, seed = options.method, options.env, options.seed
+    for known, value in ((ALGOS, AuthorsPPO), *((of, of["ppo"]) for of in (HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER))):
+        known["authors_ppo"] = value
+    command, started = shlex.join(["python", "results/authors_trainer.py", *sys.argv[1:]]), time.time()
+    with tempfile.TemporaryDirectory() as logs:
+        sys.argv[1:] = [
+            *("--algo", "authors_ppo", "--env", env, "--seed", str(seed), "--conf-file", "sb3_klip.hyperparams.paper"),
+            *("--num-threads", "1", "--eval-freq", "-1", "--verbose", "0", "-f", logs),
+            *("-params", *(f"{key}:{value!r}" for key, value in METHODS[method].items())),
+        ]
+        train()
+        episodes = read_episodes(list(Path(logs).glob("authors_ppo/*_1/*.monitor.csv")))
+    timesteps = int(hyperparams[env]["n_timesteps"])
+    result = summarize(episodes, pd.DataFrame({"time/total_timesteps": []}), timesteps, episodes["timesteps"].max())
+    about = {"task": env, "method": method, "seed": seed, "hyperparams": METHODS[method], **result.about, "command": command}
+    about |= {"versions": versions(), "commit": commit(), "processor": processor(), "seconds": round(time.time() - started)}
+    write_result(FOLDER / env / method / f"seed-{seed}.csv", result._replace(about=about))
+
+
 if __name__ == "__main__":
-    ALGOS["authors_ppo"] = AuthorsPPO
-    HYPERPARAMS_SAMPLER["authors_ppo"] = HYPERPARAMS_SAMPLER["ppo"]
-    HYPERPARAMS_CONVERTER["authors_ppo"] = HYPERPARAMS_CONVERTER["ppo"]
-    sys.argv[1:1] = ["--algo", "authors_ppo"]
-    train()
+    main()
