@@ -25,7 +25,7 @@ def returns(folder: Path, beta: str, env_id: str, seed: int) -> list[float]:
     """Returns of the training episodes, in the order in which they ended; trains, unless that has been done."""
     cell = Cell(env_id, beta, seed, "klip_ppo", "sb3_klip.hyperparams.klip_ppo", 100_000, True, {"beta": beta})
     run_cell(cell, folder)
-    return read_episodes(list(cell.run(folder).glob("klip_ppo/*_1/*.monitor.csv")))["return"].tolist()
+    return read_episodes(list(cell.run_folder(folder).glob("klip_ppo/*_1/*.monitor.csv")))["return"].tolist()
 
 
 def mean(values: list[float]) -> float:

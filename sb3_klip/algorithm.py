@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.maskable import distributions as maskable
-from stable_baselines3.common import distributions
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
 from sb3_klip.arguments import check_arguments
@@ -21,18 +19,7 @@ from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.compiling import check_compile
 from sb3_klip.fast.rollouts import short_rollout
 from sb3_klip.reuse import SampleReuse
-
-#: The distributions of policies whose KL divergence has a closed form, see :mod:`sb3_klip.divergence`.
-CLOSED_FORM = (
-    distributions.DiagGaussianDistribution,
-    distributions.StateDependentNoiseDistribution,
-    distributions.CategoricalDistribution,
-    distributions.MultiCategoricalDistribution,
-    distributions.BernoulliDistribution,
-    maskable.MaskableCategoricalDistribution,
-    maskable.MaskableMultiCategoricalDistribution,
-    maskable.MaskableBernoulliDistribution,
-)
+from sb3_klip.seam import DISTRIBUTIONS
 
 
 class KLipAlgorithm(Checkpoints, SampleReuse):
@@ -74,8 +61,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self.log_kl = log_kl
         if str(device).startswith("cuda") and not th.cuda.is_available():  # SB3 says so with verbose=1 only
             warnings.warn(f"device={str(device)!r}: torch finds no GPU, so the model is on the CPU", stacklevel=3)
-        self.compile = True if compile == {} else compile
-        self.reuse = int(reuse) if isinstance(reuse, Integral) else np.array(reuse, dtype=float).tolist()  # as JSON has it
+        self.compile, self.reuse = compile, reuse
         aliases = self.policy_aliases
         if isinstance(policy, str) and policy not in aliases:
             raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")
@@ -110,6 +96,9 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         return super()._setup_learn(*args, **kwargs)
 
     def _setup_model(self) -> None:
+        self.compile = True if self.compile == {} else self.compile
+        # As JSON has it.
+        self.reuse = int(self.reuse) if isinstance(self.reuse, Integral) else np.array(self.reuse, dtype=float).tolist()
         if isinstance(self._beta, Coefficient):
             self._check_action_space(self._beta)
         if isinstance(self.clip_range, Real) and self.clip_range < 0:  # PPO trains with it
@@ -154,11 +143,12 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
         action_dist = getattr(self.policy, "action_dist", None)
         needs_kl = coefficient.needs_kl or coefficient.needs_ratio_bounds or self.log_kl
-        if needs_kl and not isinstance(action_dist, CLOSED_FORM):
+        if needs_kl and not isinstance(action_dist, DISTRIBUTIONS):
+            estimates = "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
             raise ValueError(
                 f"{'log_kl=True' if self.log_kl else f'beta={coefficient!r}'} needs the closed form of the KL divergence, "
                 f"which is not known for the policy's {type(action_dist).__name__}. "
-                "Use beta='fixed' or 'adaptive' with beta_kwargs={'estimator': 'k3'} (or 'k1'), which need none."
+                f"{'Leave log_kl out.' if self.log_kl else estimates}"
             )
 
     def _check_action_space(self, coefficient: Coefficient) -> None:

@@ -40,7 +40,7 @@ def multiplier(coefficient: Coefficient, ratio: np.ndarray, advantage: float, cl
     Then the ratio w determines all quantities that a coefficient can request. With q = :data:`PROBABILITY` under π_old, the
     action has the probability q w, and the divergence KL(π_old ‖ π) is ``(1 - q) log((1 - q) / (1 - q w)) - q log w``. The
     gradient of this divergence is a multiple of ∇log π(a|s), with the factor ``q (w - 1) / (1 - q w)``. The time step of the
-    episode is :data:`POSITION`.
+    episode is :data:`POSITION`, and the rollout is the present one.
 
     :param coefficient: any coefficient
     :param ratio: importance ratio w, between 0 and 1/q; shape (N,)
@@ -58,6 +58,7 @@ def multiplier(coefficient: Coefficient, ratio: np.ndarray, advantage: float, cl
         clip_range,
         kl=(1 - q) * ((1 - q) / (1 - q * w)).log() - q * w.log(),
         position=th.full_like(w, POSITION),
+        age=th.zeros_like(w),
         old_log_prob=q.log(),
         least_ratio=least,
         greatest_ratio=greatest,

@@ -12,10 +12,17 @@ from stable_baselines3.common.logger import CSVOutputFormat, HumanOutputFormat, 
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_klip.algorithm import KLipAlgorithm
-from sb3_klip.checkpoints.resuming import EnvState
+from sb3_klip.checkpoints.env_state import EnvState
 from sb3_klip.files import naming, write_atomically
 from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.verify.bits import Difference, GradientRecorder, compare_gradients, largest_difference, state_tensors
+
+
+def _check_algorithm(callback: BaseCallback) -> None:
+    """Refuse a model of another package."""
+    name = type(callback.model).__name__
+    if not isinstance(callback.model, KLipAlgorithm):
+        raise ValueError(f"{type(callback).__name__} is for the algorithms of sb3-klip, not for {name}")
 
 
 class _CSVOutput(CSVOutputFormat):
@@ -93,9 +100,7 @@ class BetaHistogramCallback(BaseCallback):
     TEXT = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat)
 
     def _on_training_start(self) -> None:
-        if not isinstance(self.model, KLipAlgorithm):
-            name = type(self.model).__name__
-            raise ValueError(f"BetaHistogramCallback shows the coefficient of this package's algorithms, and {name} has none")
+        _check_algorithm(self)
         if all(isinstance(output, self.TEXT) for output in self.logger.output_formats):
             warnings.warn(
                 "BetaHistogramCallback has nowhere to show its histograms: train with TensorBoard, by tensorboard_log=… or RL "
@@ -141,9 +146,7 @@ class IdentityCheckCallback(BaseCallback):
     model: Any
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, KLipAlgorithm):
-            name = type(self.model).__name__
-            raise ValueError(f"IdentityCheckCallback compares this package's algorithms with PPO's, not {name}")
+        _check_algorithm(self)
         self._forget()  # an earlier training may have ended with an exception
         self.model.at_rollout_boundaries(self._compare)
 
@@ -239,8 +242,7 @@ class ResumableCheckpointCallback(CheckpointCallback):
     model: Any
 
     def _init_callback(self) -> None:
-        if not isinstance(self.model, KLipAlgorithm):
-            raise ValueError(f"{type(self).__name__} is for the algorithms of sb3-klip, not for {type(self.model).__name__}")
+        _check_algorithm(self)
         super()._init_callback()
         # A folder that cannot be written to shows now, and not hours later.
         probe = Path(self.save_path) / f".{self.name_prefix}.{os.getpid()}.probe"

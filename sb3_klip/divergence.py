@@ -113,7 +113,7 @@ class PolicySnapshot:
         if parameters[0] is self._seen or len(parameters[0]) != rows:
             raise ValueError(
                 f"{type(policy).__name__}.evaluate_actions does not use the policy's action_dist, so the closed form of the "
-                "KL divergence is not at hand. Use beta='fixed' or 'adaptive' with the estimator 'k3' or 'k1'."
+                "KL divergence is not at hand. Use beta='fixed' or 'adaptive' with the estimator 'k3' or 'k1', and not log_kl."
             )
         self._seen = parameters[0]
         if not self.parameters:
@@ -130,14 +130,11 @@ class PolicySnapshot:
         :param policy: the policy, after it has evaluated these samples
         :return: divergence in nats, shape (B,), differentiable
         """
+        old = tuple(kept[indices] for kept in self.parameters)
         _, current = parameters_of(policy.action_dist)
-        if mask is None:
-            return DIVERGENCES[self.family](tuple(kept[indices] for kept in self.parameters), current)
-        # The padding of a sequence stays out of the graph, where a NaN of it would reach the weights.
-        divergence = DIVERGENCES[self.family](
-            tuple(kept[indices] for kept in self.parameters), tuple(parameter[mask] for parameter in current)
-        )
-        return scatter_to_mask(divergence, mask)
+        if mask is not None:  # the padding of a sequence stays out of the graph, where a NaN of it would reach the weights
+            current = tuple(parameter[mask] for parameter in current)
+        return scatter_to_mask(DIVERGENCES[self.family](old, current), mask)
 
 
 def scatter_to_mask(values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def naming(path: str | pathlib.Path) -> Iterator[None]:
     """
-    Errors of writing that name the file, which the system does not do where the disk is full.
+    Errors of writing that name the file: the system does not where the disk is full, or where another file stands in for it.
 
     :param path: the file that is written
     """
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
-            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
@@ -39,16 +37,14 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for pause in (0.1, 1.0, 5.0):
+        for pause in (0.1, 1.0, 5.0, None):
             try:
                 temporary.replace(path)
                 break
             except PermissionError:  # Windows replaces no file that a program has open, such as a virus scanner
-                if os.name == "posix":
+                if os.name == "posix" or pause is None:
                     raise
                 time.sleep(pause)
-        else:
-            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name must reach the disk, too; Windows cannot open a folder

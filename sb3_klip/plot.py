@@ -155,7 +155,7 @@ def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range:
         norm = SymLogNorm(LEVELS[0], vmin=-2 * LEVELS[-1], vmax=2 * LEVELS[-1], base=2)
         levels = [*(-level for level in reversed(LEVELS)), *LEVELS]
         signs = ["-" if level > 0 else "--" for level in levels]
-        for axis, (label, coefficient) in zip(axes.flat, drawn.items(), strict=False):
+        for axis, (label, coefficient) in zip(axes.flat, drawn, strict=False):
             values = beta(coefficient, ratio, advantages, clip_range)
             image = axis.imshow(values, "vlag", norm, extent=(0, 2, -2, 2), origin="lower", aspect="auto")
             axis.contour(ratio, advantages, values, levels, colors="black", linewidths=0.6, linestyles=signs)
@@ -187,7 +187,7 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
     """
     drawn = _read(coefficients or DEFAULTS["gradient"], clip_range)
     with figures.style(size) as shape:
-        characters = [len(label) + 7 for label in drawn]
+        characters = [len(label) + 7 for label, _ in drawn]
         room = _characters(shape[0])
         columns = len(characters) if sum(characters) <= room else max(1, room // max(characters))
         legend = -(-len(characters) // columns) * 1.6 * matplotlib.rcParams["font.size"] / 72
@@ -198,7 +198,7 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
         for axis, sign in zip(axes, (1, -1), strict=True):
             axis.axvspan(1 - clip_range, 1 + clip_range, color="0.9")
             axis.axhline(0, color="black", linewidth=0.6)
-            for coefficient, line in zip(drawn.values(), figures.line_styles(len(drawn)), strict=True):
+            for (_, coefficient), line in zip(drawn, figures.line_styles(len(drawn)), strict=True):
                 multiplier = gradient_multiplier(coefficient, ratio, np.full_like(ratio, sign), clip_range)
                 axis.plot(ratio, multiplier, **line)
                 shown.extend(multiplier[np.abs(ratio - 1) < clip_range])
@@ -208,7 +208,7 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
         axes[0].set(ylabel="multiplier of Â ∇log π(a|s)", ylim=(max(low, min(shown)), min(high, max(shown))))
         figure.supxlabel(f"importance ratio w (grey: 1 ± ε, ε = {clip_range:g})", fontsize="medium")
         lines = axes[0].get_lines()[1:]
-        figure.legend(lines, list(drawn), loc="outside upper center", ncols=columns, handlelength=3)
+        figure.legend(lines, [label for label, _ in drawn], loc="outside upper center", ncols=columns, handlelength=3)
         return figure
 
 
@@ -303,10 +303,10 @@ def _read_events(log: Path, keys: Collection[str]) -> pd.DataFrame:
     return pd.DataFrame(columns, dtype=float).rename_axis("time/total_timesteps").sort_index().reset_index().astype(float)
 
 
-def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]], clip_range: float) -> dict[str, Coefficient]:
-    """Coefficients by what they are called in a figure, once the clip range is known to be one."""
+def _read(coefficients: Iterable[str | Coefficient | Callable[..., Any]], clip_range: float) -> list[tuple[str, Coefficient]]:
+    """Coefficients, each with what it is called in a figure, once the clip range is known to be one."""
     check_clip_range(clip_range)
-    return dict(map(read_coefficient, coefficients))
+    return list(map(read_coefficient, coefficients))
 
 
 def _centres(low: float, high: float, count: int) -> np.ndarray:

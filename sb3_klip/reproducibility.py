@@ -16,8 +16,8 @@ from sb3_klip import __version__
 
 #: The version of this package since which every training gives the same numbers.
 SAME_NUMBERS_SINCE = "0.1.0"
-#: Packages whose versions decide the numbers.
-PACKAGES = ("sb3-klip", "stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
+#: Other packages whose versions decide the numbers.
+PACKAGES = ("stable-baselines3", "sb3-contrib", "rl-zoo3", "gymnasium", "mujoco", "torch", "numpy")
 
 
 def read_generators() -> dict[str, Any]:
@@ -76,14 +76,14 @@ def _own_state(generator: Any) -> Callable[[], None]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    others = {name: importlib.metadata.version(name) for name in PACKAGES[1:]}
+    others = {name: importlib.metadata.version(name) for name in PACKAGES}
     # Of this one, the code's own: the metadata of a clone are those of the day on which it was installed.
     return {"python": platform.python_version(), "sb3-klip": __version__, **others}
 
 
 def deciding_versions() -> dict[str, str]:
     """What must be the same where numbers are to be: not Python, and of this package what its trainings give."""
-    return {**{name: versions()[name] for name in PACKAGES}, "sb3-klip": SAME_NUMBERS_SINCE}
+    return {**{name: version for name, version in versions().items() if name != "python"}, "sb3-klip": SAME_NUMBERS_SINCE}
 
 
 def about_this_installation() -> str:

@@ -8,6 +8,7 @@ last state, the states at which a time limit ended an episode, and the state aft
 import copy
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,7 @@ class SampleReuse(PerSampleKLTraining):
     """``collect_rollouts`` and ``train`` for ``reuse`` above 1; with 1, they are the base class's."""
 
     # Argument of the constructor, see sb3_klip.algorithm.
-    reuse: int | list[float] = 1
+    reuse: int | Sequence[float] = 1
     # The last rollouts, the newest first; between two rollouts, those that the next update will need.
     _kept_rollouts: tuple[KeptRollout, ...] = ()
     # While a rollout is collected: for each step, where a time limit ended an episode, and the last observation.

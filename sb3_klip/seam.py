@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable import distributions as maskable
+from stable_baselines3.common import distributions
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutBufferSamples
@@ -16,6 +18,26 @@ from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.rollout import indexed_minibatches, rollout_copy
 from sb3_klip.surrogate import kl_estimate
 from sb3_klip.trust_region import policy_ratio_bounds
+
+#: The action distributions of their policies; the KL divergence of each has a closed form, see :mod:`sb3_klip.divergence`.
+DISTRIBUTIONS = (
+    *(distributions.DiagGaussianDistribution, distributions.SquashedDiagGaussianDistribution),
+    *(distributions.StateDependentNoiseDistribution, distributions.CategoricalDistribution),
+    *(distributions.MultiCategoricalDistribution, distributions.BernoulliDistribution),
+    *(maskable.MaskableCategoricalDistribution, maskable.MaskableMultiCategoricalDistribution),
+    maskable.MaskableBernoulliDistribution,
+)
+
+
+def policy_copy(policy: Any) -> Any:
+    """
+    A policy of its own with the same parameters.
+
+    :param policy: any policy
+    """
+    # The distribution that it holds may be in an autograd graph, which cannot be copied; each evaluation replaces it.
+    held = policy.action_dist
+    return copy.deepcopy(policy, {id(held): copy.copy(held)})
 
 
 class EvaluatedSamples(NamedTuple):
@@ -46,8 +68,9 @@ class Seam(OnPolicyAlgorithm):
     :meth:`_valid_steps`, :meth:`_normalize_advantages` and :meth:`_value_loss`.
     """
 
-    # Of the PPO that this is mixed into.
+    # Of sb3_klip.algorithm.
     beta: Any
+    # Of the PPO that this is mixed into.
     batch_size: Any
     normalize_advantage: bool
 
@@ -154,9 +177,7 @@ class Seam(OnPolicyAlgorithm):
         order = type(self).__mro__
         twin = copy.copy(self)
         twin.__class__ = order[order.index(Seam) + 1]
-        # The distribution that the policy holds may be in an autograd graph; each evaluation replaces it.
-        action_dist = self.policy.action_dist
-        twin.policy = copy.deepcopy(self.policy, {id(action_dist): copy.copy(action_dist)})
+        twin.policy = policy_copy(self.policy)
         twin.rollout_buffer = rollout_copy(self.rollout_buffer)
         twin.set_logger(Logger(None, []))
         twin.verbose = 0

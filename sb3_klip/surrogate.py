@@ -11,7 +11,7 @@ All return the scalar to minimise. Tensors have shape ``(B,)``, or ``(B, T)`` fo
 the *removal* ``g`` in ``β = -w Â g``: the share of a sample's gradient that is removed. It is multiplied by ``1 - g``.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch as th
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from sb3_klip.coefficients import Coefficient, CoefficientLike
 
 #: Names of the KL estimates that a weight can be put on, see :func:`kl_estimate`.
-ESTIMATORS = ("analytic", "k1", "k3")
+Estimator: TypeAlias = Literal["analytic", "k1", "k3"]
+ESTIMATORS = get_args(Estimator)
 REDUCTIONS = ("mean", "sequence_mean", "none")
 RATIOS = ("token", "sequence")
 
@@ -126,8 +127,7 @@ def clip_loss(
     :raises ValueError: if shapes differ
     :raises TypeError: if a dtype does not fit
     """
-    _check(log_prob, old_log_prob, advantages, mask)
-    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
     return -masked_mean(clip_objective(th.exp(log_prob - old_log_prob), advantages, clip_range), mask)
 
 
@@ -179,8 +179,7 @@ def weight_space_loss(
     :raises ValueError: if shapes differ
     :raises TypeError: if a dtype does not fit
     """
-    _check(log_prob, old_log_prob, advantages, mask)
-    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
     ratio = th.exp(log_prob - old_log_prob)
     return -masked_mean(advantages * ratio - weight_space_penalty(ratio, advantages, clip_range), mask)
 
@@ -261,6 +260,7 @@ def per_sample_kl(
         coefficient is evaluated at ``w - c + 1``, and the KL estimates are those of KL(π_k ‖ π_new). None for c = 1
     :param quantities: further quantities that the coefficient requests, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
+    :raises ValueError: if a quantity that the coefficient requests, or ``kl`` for an analytic penalty, is missing
     """
     with th.no_grad():
         if log_ratio is None:
@@ -279,8 +279,7 @@ def per_sample_kl(
     if weight is None:
         return PerSampleKL(loss, log_ratio, ratio, removal, None, None)
     assert coefficient.estimator is not None
-    start = old_log_prob if centre is None else old_log_prob + centre.log()
-    estimate = kl_estimate(coefficient.estimator, log_prob, start, kl)
+    estimate = kl_estimate(coefficient.estimator, log_prob, reference, kl)
     if centre is not None and coefficient.estimator != "analytic":
         estimate = centre * estimate  # a mean over actions of π_k, from actions of π_old
     return PerSampleKL(loss + weight * estimate, log_ratio, ratio, removal, weight, estimate.detach())
@@ -348,10 +347,11 @@ def per_sample_kl_loss(
     :param quantities: further quantities that the coefficient requests, by name, beyond ratio, advantages, clip range and
         ``old_log_prob`` (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, ``reduction`` or ``ratio`` is unknown, or a requested quantity is missing
+    :raises ValueError: if shapes differ, ``coefficient``, ``reduction`` or ``ratio`` is unknown, or a requested quantity is
+        missing
     :raises TypeError: if ``log_prob`` has no floating dtype, or ``mask`` is not boolean
     """
-    _check(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
     if ratio not in RATIOS:
@@ -363,7 +363,6 @@ def per_sample_kl_loss(
     from sb3_klip.coefficients import make
 
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
-    log_prob, old_log_prob, advantages = (_without_padding(t, mask) for t in (log_prob, old_log_prob, advantages))
     log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
     terms = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, log_ratio=log_ratio, **quantities)
     loss = terms.loss
@@ -389,8 +388,10 @@ def _without_padding(value: Any, mask: th.Tensor | None) -> Any:
     return value.masked_fill(~mask, 0) if is_padded else value  # type: ignore[operator]
 
 
-def _check(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None) -> None:
-    """Refuse what would broadcast or count by accident."""
+def _checked(
+    log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """Refuse what would broadcast or count by accident; what is returned has no padding."""
     if not log_prob.is_floating_point():
         raise TypeError(f"log_prob must have a floating dtype, not {log_prob.dtype}")
     for name, tensor in (("old_log_prob", old_log_prob), ("advantages", advantages), ("mask", mask)):
@@ -398,3 +399,4 @@ def _check(log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, 
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but log_prob has {tuple(log_prob.shape)}")
     if mask is not None and mask.dtype != th.bool:
         raise TypeError(f"mask must be boolean, not {mask.dtype}")
+    return _without_padding(log_prob, mask), _without_padding(old_log_prob, mask), _without_padding(advantages, mask)

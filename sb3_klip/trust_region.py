@@ -116,7 +116,7 @@ def default_delta(family: str, clip_range: float, dimensions: int) -> float:
 
 
 def policy_ratio_bounds(
-    family: str, parameters: Parameters, actions: th.Tensor, clip_range: float, delta: float | None = None
+    family: str, parameters: Parameters, actions: th.Tensor, clip_range: float, delta: float | None
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     Smallest and largest ratio of actions, for a distribution π_old of a policy of SB3 or sb3-contrib.
@@ -127,11 +127,13 @@ def policy_ratio_bounds(
     :param clip_range: half-width ε
     :param delta: δ in nats; None for :func:`default_delta`
     :return: lower and upper bound, each of shape (N,)
+    :raises ValueError: if there is no default for δ, see :func:`default_delta`
     """
+    if delta is None:
+        delta = default_delta(family, clip_range, actions[0].numel())
     if family == "gaussian":
         mean, std = (parameter.double() for parameter in parameters)
-        z = (actions.double() - mean) / std
-        return gaussian_ratio_bounds(z, default_delta(family, clip_range, z.shape[-1]) if delta is None else delta)
+        return gaussian_ratio_bounds((actions.double() - mean) / std, delta)
     if family == "bernoulli":
         (logits,) = parameters
         prob = (logits.double() * (2 * actions.double() - 1)).sigmoid()
@@ -139,7 +141,7 @@ def policy_ratio_bounds(
         columns = actions.long().reshape(len(actions), len(parameters)).split(1, dim=1)
         probs = [logits.double().softmax(dim=-1).gather(-1, a) for logits, a in zip(parameters, columns, strict=True)]
         prob = th.cat(probs, dim=-1)
-    return factored_ratio_bounds(prob, default_delta(family, clip_range, prob.shape[-1]) if delta is None else delta)
+    return factored_ratio_bounds(prob, delta)
 
 
 def _solved(divergence: Divergence, log_ratio: LogRatio, pole: th.Tensor, delta: float) -> tuple[th.Tensor, th.Tensor]:

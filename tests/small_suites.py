@@ -71,7 +71,7 @@ def made_up_result(task: str, method: str, seed: int, final: float, digest: str 
     about = {"task": task, "method": method, "seed": seed, "algo": "ppo" if method == "ppo" else "klip_ppo"}
     about |= {"hyperparams": {}, "timesteps": 1000, "episodes": POINTS, "episodes_sha256": digest or f"{task} {seed}"}
     about |= {"final_return": final, "final_episodes": 10, "command": "python -m rl_zoo3.train …", "commit": None}
-    about |= {"versions": {"python": "3.11", **dict.fromkeys(PACKAGES, "1.0")}, "processor": "one", "seconds": 60}
+    about |= {"versions": dict.fromkeys(("python", "sb3-klip", *PACKAGES), "1.0"), "processor": "one", "seconds": 60}
     if method != "ppo":
         about["peak_kill_fraction"] = 0.125
         for name in ("kill_fraction", "pass_fraction"):

@@ -121,8 +121,10 @@ def test_sampled_estimators_need_no_closed_form():
     for beta in ("fixed", "trust_region", "trust_region_guided"):
         with pytest.raises(ValueError, match=r"OtherDistribution.*'estimator': 'k3'"):
             KLipPPO(OtherPolicy, pendulum(), **FAST, beta=beta)
-    with pytest.raises(ValueError, match="log_kl=True needs the closed form"):
-        KLipPPO(OtherPolicy, pendulum(), **FAST, log_kl=True)
+    for beta in ("step", "fixed"):
+        kwargs = {"beta": beta, "beta_kwargs": {"estimator": "k3"} if beta == "fixed" else None}
+        with pytest.raises(ValueError, match=r"log_kl=True needs the closed form.*OtherDistribution\. Leave log_kl out\.$"):
+            KLipPPO(OtherPolicy, pendulum(), **FAST, log_kl=True, **kwargs)
     for estimator in ("k1", "k3"):
         kwargs = {"beta": "adaptive", "beta_kwargs": {"estimator": estimator}}
         model, logs = train(KLipPPO, OtherPolicy, pendulum, 128, **FAST, **kwargs)

@@ -74,8 +74,8 @@ def _own_names(monkeypatch):
 @pytest.mark.usefixtures("_own_names")
 def test_a_new_coefficient_appears_by_itself():
     @register("only_here", "mine", source="a paper, arXiv 3012.00001 and arXiv 3101.00001")
-    def only_here(ratio, advantages, clip_range, old_log_prob, *, share=0.5):
-        return share * old_log_prob.exp()
+    def only_here(ratio, advantages, clip_range, old_log_prob, age, *, share=0.5):
+        return share * old_log_prob.exp() + age
 
     panel = layout(6)[-1]
     assert (panel.entry.name, panel.heading) == ("only_here", "your own")

@@ -13,7 +13,7 @@ import torch as th
 from checkpoint_files import BASES, CONFIG, VARIANTS, gym_era, trained, zoo_agent
 from helpers import FAST, cartpole, collected, train
 
-from sb3_klip import KLipPPO
+from sb3_klip import KLipPPO, KLipRecurrentPPO
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 16, "n_epochs": 1, "seed": 0, "device": "cpu"}
 
@@ -50,6 +50,16 @@ def test_a_misspelt_argument_is_refused(file: Path, kwargs: dict[str, Any], mess
         KLipPPO.load(file, **kwargs)
     # SB3 sets any other as an attribute.
     assert KLipPPO.load(file, my_own_thing=3, num_timesteps=7).my_own_thing == 3
+
+
+def test_arguments_are_as_the_constructor_has_them(file: Path) -> None:
+    assert KLipPPO.load(file, compile={}).compile is True
+    for weights in (np.array([0.6, 0.4]), (0.6, 0.4)):
+        assert KLipPPO.load(file, reuse=weights).reuse == [0.6, 0.4]
+    assert type(KLipPPO.load(file, reuse=np.int64(2)).reuse) is int
+    KLipRecurrentPPO("MlpLstmPolicy", "CartPole-v1", **SMALL).save(file)
+    with pytest.raises(ValueError, match=r"reuse=\[0\.6, 0\.4\] must be 1 for KLipRecurrentPPO"):
+        KLipRecurrentPPO.load(file, reuse=np.array([0.6, 0.4]))
 
 
 def test_a_file_without_a_coefficient_has_the_default(file: Path, tmp_path: Path) -> None:

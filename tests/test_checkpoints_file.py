@@ -193,6 +193,7 @@ DAMAGE = {
     "a list": ({}, {"data": b"[1, 2]"}, "data in it is a list"),
     "nothing": ({}, {"data": b"{}"}, "an unknown algorithm"),
     **{name: ({name: None}, {}, name) for name in ("policy_class", "observation_space", "action_space", "policy_kwargs")},
+    "text for a policy": ({"policy_class": "MlpPolicy"}, {}, "its data has no policy_class"),
     "garbled space": ({"observation_space": entry(b"garbled")}, {}, "its observation_space cannot be restored"),
     "garbled base64": ({"action_space": {":serialized:": "?"}}, {}, "its action_space cannot be restored"),
     "newer": ({"klip_format": 2}, {}, r"klip_format 2.*[Uu]pgrade"),

@@ -191,7 +191,7 @@ def test_weights_run_nothing(marker):
     th.save({"weight": Call(os.system, f"touch {marker}")}, harmful)
     for trusted in (True, False):
         for member in ("policy.pth", "policy.optimizer.pth", "pytorch_variables.pth"):
-            with pytest.raises((ValueError, pickle.UnpicklingError)):
+            with pytest.raises(ValueError, match="is refused: its weights hold more than tensors"):
                 load(edited(trained(PPO, "box")[1], files={member: harmful.getvalue()}), trusted=trusted)
     assert not written(marker)
 

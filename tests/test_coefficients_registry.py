@@ -6,7 +6,7 @@ import math
 import pytest
 import torch as th
 
-from sb3_klip.coefficients import FAMILY, Coefficient, available, entries, make, register
+from sb3_klip.coefficients import FAMILY, Coefficient, available, entries, make, register, registry
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,21 @@ def test_a_name_is_taken_once():
         register("step")(lambda ratio, advantages, clip_range: ratio)
     with pytest.raises(ValueError, match="'spo' is already taken"):
         register("mine", "spo")(lambda ratio, advantages, clip_range: ratio)
+
+
+def test_registering_anew_leaves_nothing_of_before(monkeypatch):
+    """As where a cell of a notebook is edited and run again."""
+    monkeypatch.setattr(registry, "_WORDS", dict(registry._WORDS))
+    for alias in ("before", "now"):
+
+        @register("edited", alias)
+        def edited(ratio, advantages, clip_range):
+            return 0 * ratio
+
+    assert [entry.aliases for entry in entries() if entry.name == "edited"] == [{"now": {}}]
+    assert make("now").name == "edited"
+    with pytest.raises(ValueError, match="'before' is not a coefficient"):
+        make("before")
 
 
 def test_making_of_a_coefficient_again():

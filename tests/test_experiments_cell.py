@@ -155,14 +155,14 @@ def test_hyperparameters_in_a_file_beside_the_suite(tmp_path, monkeypatch):
     folder = tmp_path / "out"
     open_folder(folder, suite, 1)
     run_cell(cell, folder)
-    result = read_result(cell.result(folder))
-    assert config(cell.run(folder) / "klip_ppo" / "CartPole-v1_1")["learning_rate"] == 0.012
+    result = read_result(cell.result_file(folder))
+    assert config(cell.run_folder(folder) / "klip_ppo" / "CartPole-v1_1")["learning_rate"] == 0.012
 
     shutil.rmtree(tmp_path / "mine")
     copy = folder.rename(tmp_path / "moved")
     shutil.rmtree(copy / "runs")
     by_hand(result.about["command"], copy)
-    assert sha256_of_episodes(cell.run(copy) / "klip_ppo" / "CartPole-v1_1") == result.about["episodes_sha256"]
+    assert sha256_of_episodes(cell.run_folder(copy) / "klip_ppo" / "CartPole-v1_1") == result.about["episodes_sha256"]
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_algorithms_that_log_now_and_then(tmp_path, n_steps):
     suite = read_suite(write_suite(tmp_path, hyperparams="tuned.yml", timesteps=720, methods=methods))
     open_folder(tmp_path / "out", suite, 1)
     run_cell(suite.cells[0], tmp_path / "out")
-    assert read_result(suite.cells[0].result(tmp_path / "out")).about["timesteps"] == 720
+    assert read_result(suite.cells[0].result_file(tmp_path / "out")).about["timesteps"] == 720
 
 
 def test_interrupted_training_is_not_finished(tmp_path):
@@ -186,7 +186,7 @@ def test_interrupted_training_is_not_finished(tmp_path):
     open_folder(folder, suite, 1)
 
     def interrupt() -> None:
-        eventually(lambda: (cell.run(folder) / "progress.csv").is_file() and trainings(folder))
+        eventually(lambda: (cell.run_folder(folder) / "progress.csv").is_file() and trainings(folder))
         trainings(folder)[0].send_signal(signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -194,8 +194,8 @@ def test_interrupted_training_is_not_finished(tmp_path):
     with pytest.raises(CellError, match=r"^CartPole-v1/ppo/seed-0 was interrupted before its last step"):
         run_cell(cell, folder)
     thread.join()
-    assert list(cell.run(folder).glob("ppo/*/CartPole-v1.zip")), "RL Zoo did not end as it does after Ctrl-C"
-    assert not cell.result(folder).exists()
+    assert list(cell.run_folder(folder).glob("ppo/*/CartPole-v1.zip")), "RL Zoo did not end as it does after Ctrl-C"
+    assert not cell.result_file(folder).exists()
 
 
 # -- the commit --------------------------------------------------------------------------------------------------------

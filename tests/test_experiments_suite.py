@@ -18,7 +18,7 @@ def test_all_included_suites_can_be_run():
         suite = read_suite(name)
         assert suite.name == name
         names = [cell.name for cell in suite.cells]
-        assert len(set(names)) == len(names) == len({cell.result(Path()) for cell in suite.cells})
+        assert len(set(names)) == len(names) == len({cell.result_file(Path()) for cell in suite.cells})
 
 
 # -- a suite of your own -----------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_a_slash_in_the_name_of_a_task_is_no_folder(tmp_path):
         (cell, *_) = read_suite(write_suite(tmp_path, tasks=["some/CartPole-v1"])).cells
     finally:
         del gym.registry["some/CartPole-v1"]
-    assert cell.result(tmp_path).parents[2] == tmp_path / "results"
+    assert cell.result_file(tmp_path).parents[2] == tmp_path / "results"
     assert cell.command()[cell.command().index("--env") + 1] == "some/CartPole-v1"
 
 
@@ -179,6 +179,9 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a: {beta: step, beta_kwargs: [1]}}", "method 'a': "),
         # What the command line of RL Zoo cannot be told.
         ("{a: {target_kl: .inf}}", "method 'a': "),
+        ("{a: {learning_rate: 3e-4}}", "method 'a': learning_rate='3e-4' must be a number, as 3.0e-4"),
+        ("{a@3e-4: {learning_rate: 3e-4}}", "method 'a@3e-4': learning_rate='3e-4' must be a number, as 3.0e-4"),
+        ("{a: {clip_range_vf: }}", "method 'a': clip_range_vf=None must be a number"),
         ("{a: {n_epochs: 0}}", "method 'a': n_epochs=0 must be a whole number, at least 1"),
         ("{a: {compile: maybe}}", "method 'a': compile must be True, False or a dict"),
         ("{a: {policy: MlpPolcy}}", "method 'a': policy='MlpPolcy' must be one of MlpPolicy, CnnPolicy"),
@@ -239,6 +242,7 @@ def test_suites_that_are_not_there(refused, tmp_path, name, message):
         ("tuned.yml", "default: {n_steps: 100}", "n_timesteps"),
         ("tuned.yml", "default: {n_timesteps: long}", "n_timesteps"),
         ("tuned.yml", "default: {n_timesteps: -5}", "no n_timesteps above 0 for 'CartPole-v1'"),
+        ("tuned.yml", "default: {n_timesteps: 9, clip_range: 2e-1}", "tuned.yml, 'CartPole-v1': clip_range='2e-1' must be"),
         ("tuned.yml", "{}", "must be a mapping of environments, not {}"),
         (
             "tuned.yml",

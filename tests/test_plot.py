@@ -106,6 +106,19 @@ def test_coefficients_as_they_are_written(text, label, name, parameters):
     assert (read_as, coefficient.name, coefficient.parameters) == (label, name, parameters)
 
 
+def test_functions_of_one_name_are_all_drawn():
+    def scaled(share):
+        def own(ratio, advantages, clip_range):
+            return share * (ratio - 1).abs().clamp(max=1)
+
+        return own
+
+    figure = gradient(scaled(0.1), scaled(0.9))
+    one, other = (line.get_ydata() for line in figure.axes[0].get_lines()[1:])
+    assert not np.allclose(one, other)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["own", "own"]
+
+
 def test_landscape_has_the_values_in_their_places():
     figure = landscape("step", "quadratic")
     panel = figure.axes[0]

@@ -16,6 +16,7 @@ from stable_baselines3.common.utils import set_random_seed
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
 from sb3_klip.reproducibility import read_generators
+from sb3_klip.seam import policy_copy
 from sb3_klip.verify.analytic import analytic_residual
 
 
@@ -27,8 +28,7 @@ class Keep(BaseCallback):
 
     def _on_rollout_end(self):
         self.buffer = copy.deepcopy(self.model.rollout_buffer)
-        action_dist = self.model.policy.action_dist
-        self.policy = copy.deepcopy(self.model.policy, {id(action_dist): copy.copy(action_dist)})
+        self.policy = policy_copy(self.model.policy)
         self.snapshot = self.model.take_snapshot()
 
 

@@ -16,23 +16,22 @@ from sb3_klip.checkpoints.unpickling import load_tensor
 _NOT_STATE = {"results_writer", "class_attributes"}
 
 
-def _vec_layers(env: VecEnv) -> list[VecEnv]:
-    """The wrappers of vectorized environments, from the outside, and then the vectorized environments."""
-    layers = [env]
-    while isinstance(layers[-1], VecEnvWrapper):
-        layers.append(layers[-1].venv)
-    return layers
-
-
-def _env_layers(env: VecEnv) -> list[gym.Env]:
-    """The wrappers of each environment in this process, from the outside, and then the environment."""
-    layers: list[gym.Env] = []
+def _layers(env: VecEnv) -> tuple[list[Any], list[Any]]:
+    """
+    The wrappers of vectorized environments, from the outside; and what is in them: the vectorized environments, and of each
+    environment in this process the wrappers, from the outside, and the environment.
+    """
+    wrappers: list[Any] = []
+    while isinstance(env, VecEnvWrapper):
+        wrappers.append(env)
+        env = env.venv
+    inner: list[Any] = [env]
     for layer in getattr(env, "envs", ()):
         while isinstance(layer, gym.Wrapper):
-            layers.append(layer)
+            inner.append(layer)
             layer = layer.env
-        layers.append(layer)
-    return layers
+        inner.append(layer)
+    return wrappers, inner
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -63,20 +62,15 @@ class _Unpickler(pickle.Unpickler):
         return load_tensor if (module, name) == ("torch.storage", "_load_from_bytes") else super().find_class(module, name)
 
 
-def _pack(layers: Sequence[Any], all_layers: Sequence[Any]) -> bytes:
-    """Everything that layers hold, in one pickle, so that what they share stays shared."""
-    file = io.BytesIO()
-    states = [{name: value for name, value in vars(layer).items() if name not in _NOT_STATE} for layer in layers]
-    _Pickler(file, all_layers).dump(states)
-    return file.getvalue()
-
-
 def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) -> tuple[bytes | None, str]:
-    """What layers hold, or else why it cannot be read."""
+    """Everything that layers hold, in one pickle, so that what they share stays shared; or else why it cannot be read."""
+    file = io.BytesIO()
     try:
-        return _pack(layers, all_layers), ""
+        states = [{name: value for name, value in vars(layer).items() if name not in _NOT_STATE} for layer in layers]
+        _Pickler(file, all_layers).dump(states)
     except Exception as error:  # whatever an object may raise that cannot be pickled
         return None, f"the state of {name} cannot be read ({type(error).__name__}: {error})"
+    return file.getvalue(), ""
 
 
 def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> None:
@@ -126,9 +120,8 @@ class EnvState(NamedTuple):
 
         :param env: the environments, between two steps
         """
-        *wrappers, base = _vec_layers(env)
-        inner = [base, *_env_layers(base)]
-        layers = [*wrappers, *inner]
+        wrappers, inner = _layers(env)
+        base, layers = inner[0], [*wrappers, *inner]
         # The environments together, as they may share things; each wrapper by itself, so that one that cannot be read does not
         # cost the statistics of another.
         read = [_try_to_pack([wrapper], layers, type(wrapper).__name__) for wrapper in wrappers]
@@ -149,9 +142,8 @@ class EnvState(NamedTuple):
         :return: whether the episodes go on; if not, they must begin anew
         :raises ValueError: if the environments are not wrapped in the same way, or not as many
         """
-        *wrappers, base = _vec_layers(env)
-        inner = [base, *_env_layers(base)]
-        layers = [*wrappers, *inner]
+        wrappers, inner = _layers(env)
+        base, layers = inner[0], [*wrappers, *inner]
         if _names(layers) != self.layers:
             raise ValueError(
                 "env must be made in the same way as that of the run to resume, with the same wrappers and as many "

@@ -6,9 +6,11 @@ unpickled, and why it cannot be loaded.
 """
 
 import base64
+import contextlib
 import io
 import json
 import pathlib
+import pickle
 import re
 import warnings
 import zipfile
@@ -16,13 +18,12 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import open_path
 
 from sb3_klip.checkpoints.spaces import fit_action_space, fit_space
-from sb3_klip.checkpoints.unpickling import NotRestorableError, RefusedError, loads
+from sb3_klip.checkpoints.unpickling import NotRestorableError, RefusedError, load_tensor, loads
 from sb3_klip.checkpoints.zoo_run import read_zoo_yaml, run_folder
 from sb3_klip.variants import VARIANTS
 
@@ -162,8 +163,19 @@ class Checkpoint(NamedTuple):
     @property
     def own_policy(self) -> bool:
         """Whether the policy is the user's own, which does not tell the variant of PPO."""
-        module = self.data.get("policy_class", {}).get("__module__", "")
-        return module.split(".")[0] not in ("stable_baselines3", "sb3_contrib")
+        return _policy_module(self.data).split(".")[0] not in ("stable_baselines3", "sb3_contrib")
+
+    @contextlib.contextmanager
+    def refused_weights(self) -> Iterator[None]:
+        """
+        Names the file where torch refuses the weights in it.
+
+        :raises ValueError: if they hold more than tensors
+        """
+        try:
+            yield
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{self.name} is refused: its weights hold more than tensors ({error})") from error
 
     def restore(self, replaced: Iterable[str], trusted: bool) -> tuple[dict[str, Any], dict[str, str]]:
         """
@@ -175,7 +187,8 @@ class Checkpoint(NamedTuple):
         :raises ValueError: if one without which there is no model cannot be restored, or if the file is not trusted and
             holds anything but plain data
         """
-        if missing := [name for name in _NEEDED if name not in self.data and name not in replaced]:
+        # What stands there as plain data is no class and no space.
+        if missing := [name for name in _NEEDED if not isinstance(self.data.get(name), dict) and name not in replaced]:
             raise ValueError(f"{self.name} is not a whole checkpoint: its data has no {' and no '.join(missing)}")
         objects: dict[str, Any] = {name: None for name in (*_DERIVED, *replaced) if name in self.data}
         lost = {}
@@ -201,8 +214,9 @@ class Checkpoint(NamedTuple):
                 objects[name] = None
         if not trusted:
             # SB3 sets these as attributes of whatever the file names; PPO has none.
-            if any(th.load(io.BytesIO(tensors), map_location="cpu", weights_only=True) for tensors in self.tensors):
-                raise ValueError(f"{self.name} is refused, as it is not trusted: its pytorch_variables.pth is not empty")
+            with self.refused_weights():
+                if any(map(load_tensor, self.tensors)):
+                    raise ValueError(f"{self.name} is refused, as it is not trusted: its pytorch_variables.pth is not empty")
             # Text in the file must not name a module to import, a folder to write to or a program to compile with.
             given = [objects.get(name, self.data.get(name)) for name in ("beta", "beta_kwargs")]
             if imported := next((text for text in _texts(given) if ":" in text), None):
@@ -281,10 +295,15 @@ def base_algorithm(model_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
     return next(c for c in model_class.__mro__ if c.__module__.split(".")[0] in ("stable_baselines3", "sb3_contrib"))
 
 
+def _policy_module(data: Mapping[str, Any]) -> str:
+    """Name of the module of the policy; empty if it is not known."""
+    policy = data.get("policy_class")
+    return policy.get("__module__", "") if isinstance(policy, dict) else ""
+
+
 def _algorithm(data: Mapping[str, Any]) -> str:
     """Name of the algorithm that saved these attributes."""
-    policy = data.get("policy_class")
-    module = policy.get("__module__", "") if isinstance(policy, dict) else ""
+    module = _policy_module(data)
     for part, name in _MODULES.items():
         if f".{part}." in module:
             return name

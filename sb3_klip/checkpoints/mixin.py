@@ -232,7 +232,9 @@ class Checkpoints(OnPolicyAlgorithm):
         :return: the model
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is not a complete checkpoint of the right algorithm, does not fit ``env``, contains
-            more than plain data with ``trusted=False``, or has no state to resume from with ``resume=True``
+            more than plain data with ``trusted=False``, or has no state to resume from with ``resume=True``; or an argument
+            has a wrong value
+        :raises TypeError: if an argument is unknown or of a wrong type
         """
         arguments = LoadArguments(cls, custom_objects, kwargs)
         checkpoint = Checkpoint.read(path)
@@ -244,9 +246,10 @@ class Checkpoints(OnPolicyAlgorithm):
         if env is not None:
             env = cls._wrap_env(env, checkpoint.data.get("verbose", 0))
             arguments.fit(env)
-        model = super().load(
-            checkpoint.file, env, device, arguments.objects, print_system_info, force_reset, **arguments.kwargs
-        )
+        with checkpoint.refused_weights():
+            model = super().load(
+                checkpoint.file, env, device, arguments.objects, print_system_info, force_reset, **arguments.kwargs
+            )
         arguments.warn_of_lost(model)
         statistics = None if env is None or checkpoint.path is None else statistics_file(checkpoint.path)
         if statistics is not None and model.get_vec_normalize_env() is None:
@@ -274,7 +277,8 @@ class Checkpoints(OnPolicyAlgorithm):
             checkpoint = Checkpoint.read(load_path_or_dict)
             checkpoint.check_algorithm(type(self))
             name = checkpoint.name
-            _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
+            with checkpoint.refused_weights():
+                _, load_path_or_dict, _ = load_from_zip_file(checkpoint.file, load_data=False, device=device)
         if isinstance(policy := load_path_or_dict.get("policy"), Mapping):
             load_path_or_dict = {**load_path_or_dict, "policy": plain_names(policy)}
         check_parameters(load_path_or_dict, self.policy, name, exact_match)

@@ -1,13 +1,12 @@
 """Coefficients that penalise an estimate of the KL divergence, with one weight for all samples."""
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 import torch as th
 
 from sb3_klip.coefficients.parameters import Interval, NonNegative, Positive, constant_like
 from sb3_klip.coefficients.registry import register
-
-Estimator: TypeAlias = Literal["analytic", "k1", "k3"]
+from sb3_klip.surrogate import Estimator
 
 
 @register(

@@ -4,7 +4,7 @@ import copy
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -36,11 +36,11 @@ class Entry:
 
     name: str
     function: Callable[..., Any]
-    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    formula: str = ""
-    source: str = ""
-    search: Mapping[str, tuple[float, float]] | None = None
-    factory: bool = False
+    aliases: Mapping[str, Mapping[str, Any]]
+    formula: str
+    source: str
+    search: Mapping[str, tuple[float, float]] | None
+    factory: bool
 
 
 #: Each word that names a coefficient, aliases included, with the entry that it belongs to.
@@ -78,6 +78,8 @@ def register(
             # The same function again is a module that was run twice (a notebook cell, a reload).
             if word in _WORDS and _qualified_name(_WORDS[word].function) != _qualified_name(function):
                 raise ValueError(f"the coefficient name {word!r} is already taken")
+        for word in [word for word, before in _WORDS.items() if before.name == name and word not in preset_aliases]:
+            del _WORDS[word]  # an alias that it has no more
         _WORDS.update(dict.fromkeys((name, *preset_aliases), entry))
         what = "Weight" if formula.startswith("b ") else "Removal"
         facts = [f"{what}: ``{formula}``." if formula else "", f"Source: {source}." if source else ""]
@@ -95,7 +97,7 @@ def entries() -> list[Entry]:
 
 def available() -> list[str]:
     """Names of all registered coefficients, without aliases, sorted."""
-    return sorted({entry.name for entry in _WORDS.values()})
+    return sorted(entry.name for entry in entries())
 
 
 def find(name: str) -> Entry | None:

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
     suite = read_suite(args.suite)
     cells = select(suite, args.tasks, args.methods, args.seeds)
     folder = (args.folder or Path("logs/experiments", suite.name)).absolute()
-    missing = [cell for cell in cells if not cell.result(folder).exists()]
+    missing = [cell for cell in cells if not cell.result_file(folder).exists()]
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
     if missing:

@@ -59,11 +59,11 @@ class Cell:
         """Path of the cell below ``runs`` and ``results``."""
         return f"{self.task.replace('/', '-')}/{self.method}/seed-{self.seed}"
 
-    def result(self, folder: Path) -> Path:
+    def result_file(self, folder: Path) -> Path:
         """File that exists once the cell is finished."""
         return folder / "results" / f"{self.name}.csv"
 
-    def run(self, folder: Path) -> Path:
+    def run_folder(self, folder: Path) -> Path:
         """Folder of the run, which RL Zoo takes for ``--log-folder``."""
         return folder / "runs" / self.name
 
@@ -106,14 +106,14 @@ def run_cell(cell: Cell, folder: Path, wanted: Callable[[], bool] = lambda: True
     :param wanted: asked every second; the training is ended when the answer is no
     :raises CellError: if the training fails, or is not wanted any more
     """
-    if cell.result(folder).exists():
+    if cell.result_file(folder).exists():
         return
-    run = cell.run(folder)
+    run = cell.run_folder(folder)
     if not _complete(cell, run):
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
         _train(cell, folder, run, wanted)
-    write_result(cell.result(folder), _summary(cell, run))
+    write_result(cell.result_file(folder), _summary(cell, run))
 
 
 def _train(cell: Cell, folder: Path, run: Path, wanted: Callable[[], bool]) -> None:
@@ -156,7 +156,7 @@ def log_tail(run: Path) -> str:
 def steps_done(cell: Cell, folder: Path) -> int:
     """Steps that a running cell has logged, of ``cell.timesteps``."""
     try:
-        with (cell.run(folder) / "progress.csv").open() as file:
+        with (cell.run_folder(folder) / "progress.csv").open() as file:
             column = file.readline().rstrip("\n").split(",").index("time/total_timesteps")
             last = file.readlines()[-1]
         return min(int(last.split(",")[column]), cell.timesteps)
@@ -166,7 +166,7 @@ def steps_done(cell: Cell, folder: Path) -> int:
 
 def is_running(cell: Cell, folder: Path) -> bool:
     """Whether a process is at work on the cell, or was when it was killed."""
-    return (cell.run(folder) / RUNNING).exists()
+    return (cell.run_folder(folder) / RUNNING).exists()
 
 
 def _taken(cell: Cell, run: Path) -> int:

@@ -51,7 +51,7 @@ def save_all(
                 figures["Learning curves"] = _by_task(results, tasks, partial(_returns, methods=methods), size, "return")
             else:
                 figures["Learning curves"] = _by_method(results, tasks, methods, reference, size)
-        if paired := [task for task in tasks if _pairs([result for result in results if result.about["task"] == task])]:
+        if paired := [task for task in tasks if _pairs(_of(results, task=task))]:
             figures["PPO and KLipPPO"] = _by_task(results, paired, _ppo_and_step, size, "return")
         if "step" in methods:
             figures["Partition"] = _by_task(results, tasks, _partition, size, "share of samples")
@@ -80,7 +80,7 @@ def _by_task(
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, task in zip(grid.flat, tasks, strict=False):
         axes.margins(x=0)
-        draw(axes, [result for result in results if result.about["task"] == task])
+        draw(axes, _of(results, task=task))
         axes.set_title(task)
         axes.set_xlabel(x_label)
     for axes in grid.flat[len(tasks) :]:
@@ -119,8 +119,9 @@ def _label_ends(axes: Axes, gap: float) -> None:
         limit -= gap
 
 
-def _of(results: Sequence[Result], method: str) -> list[Result]:
-    return [result for result in results if result.about["method"] == method]
+def _of(results: Sequence[Result], **about: str) -> list[Result]:
+    """The results of a task, or of a method."""
+    return [result for result in results if about.items() <= result.about.items()]
 
 
 def _column(results: Sequence[Result], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -141,9 +142,8 @@ def _by_method(
     grid = figure.subplots(len(others), len(tasks), squeeze=False, sharex=True, sharey="col")
     for row, method in zip(grid, others, strict=True):
         for axes, task in zip(row, tasks, strict=True):
-            of_task = [result for result in results if result.about["task"] == task]
-            _curve(axes, _of(of_task, reference), reference, color="0.6", linewidth=2)
-            _curve(axes, _of(of_task, method), method, color="black", linewidth=1)
+            _curve(axes, _of(results, task=task, method=reference), reference, color="0.6", linewidth=2)
+            _curve(axes, _of(results, task=task, method=method), method, color="black", linewidth=1)
             axes.margins(x=0)
     for axes in grid[:, -1]:
         _label_ends(axes, gap=0.2)
@@ -166,7 +166,7 @@ def _curve(axes: Axes, runs: Sequence[Result], label: str, color: Any, **line: A
 def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> None:
     """One line for each method."""
     for method, line in zip(methods, line_styles(len(methods)), strict=True):
-        _curve(axes, _of(results, method), method, **line)
+        _curve(axes, _of(results, method=method), method, **line)
     _label_ends(axes, gap=0.11)
 
 
@@ -180,13 +180,13 @@ def _ppo_and_step(axes: Axes, results: Sequence[Result]) -> None:
 
 def _pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
     """PPO's runs and those of ``step`` with the same seed, on one task."""
-    ppo, step = ({result.about["seed"]: result for result in _of(results, method)} for method in ("ppo", "step"))
+    ppo, step = ({result.about["seed"]: result for result in _of(results, method=method)} for method in ("ppo", "step"))
     return [(ppo[seed], step[seed]) for seed in ppo if seed in step]
 
 
 def _partition(axes: Axes, results: Sequence[Result]) -> None:
     """Kill and pass fractions of ``step``, mean over seeds."""
-    runs = _of(results, "step")
+    runs = _of(results, method="step")
     for name, line in zip(("kill", "pass"), line_styles(2), strict=True):
         if runs:
             steps, values = _column(runs, f"{name}_fraction")
@@ -195,7 +195,7 @@ def _partition(axes: Axes, results: Sequence[Result]) -> None:
 
 def _beta(axes: Axes, results: Sequence[Result]) -> None:
     """Percentiles of β of ``step``, mean over seeds."""
-    runs = _of(results, "step")
+    runs = _of(results, method="step")
     if not runs:
         return
     colour = line_styles(1)[0]["color"]

@@ -15,6 +15,8 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 
 from sb3_klip.arguments import check_arguments
+from sb3_klip.checkpoints.arguments import SCHEDULES
+from sb3_klip.checkpoints.zoo_run import zoo_schedule
 from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.errors import did_you_mean
 from sb3_klip.experiments.cell import Cell
@@ -103,7 +105,7 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     :raises ValueError: if a task or a method is not in the suite, or a seed is none
     """
     if not all(0 <= seed < SEEDS for seed in seeds):
-        raise ValueError(f"--seeds: {SEEDS_TEXT}")
+        raise ValueError(f"--seeds={' '.join(map(str, seeds))}: each must be from 0 to 2**32 - 1")
     for option, names, known in (
         ("--tasks", tasks, dict.fromkeys(cell.task for cell in suite.cells)),
         ("--methods", methods, dict.fromkeys(cell.method for cell in suite.cells)),
@@ -183,6 +185,8 @@ def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     entry = protocol.get(task, protocol.get(_default(task)))
     if not isinstance(entry, dict):
         return [f"{conf} has no entry for {task!r}, and none for {_default(task)!r}"]
+    if mistakes := _check_schedules(entry):
+        return [f"{conf}, {task!r}: {mistake}" for mistake in mistakes]
     if "callback" in entry:
         return [f"{conf} has a callback for {task!r}, and an experiment is given its own"]
     try:
@@ -212,6 +216,7 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     known = hyperparameters(ALGOS[algo]) - TAKEN
     unknown = [key for key in settings if key not in known and key != "algo"]
     mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
+    mistakes += [f"method {method!r}: {mistake}" for mistake in _check_schedules(settings)]
     try:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -228,6 +233,14 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         except (ValueError, TypeError) as error:
             mistakes.append(f"method {method!r}: {error}")
     return mistakes
+
+
+def _check_schedules(settings: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name}={settings[name]!r} must be a number, as 3.0e-4 (for YAML, 3e-4 is a text), or lin_x"
+        for name in SCHEDULES
+        if name in settings and zoo_schedule(settings[name]) is None
+    ]
 
 
 def _is_positive(text: str) -> bool:

@@ -22,9 +22,8 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch as th
-from sb3_contrib.common.maskable import distributions as maskable_distributions
 from sb3_contrib.common.maskable import policies as maskable_policies
-from stable_baselines3.common import distributions, policies, torch_layers
+from stable_baselines3.common import policies, torch_layers
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.weak import WeakIdKeyDictionary
@@ -38,6 +37,7 @@ from sb3_klip.fast.simplify import simplified
 from sb3_klip.fast.standing_in import is_changed, is_patched
 from sb3_klip.fast.validation import unvalidated_distributions
 from sb3_klip.rollout import BUFFERS
+from sb3_klip.seam import DISTRIBUTIONS
 
 #: Modules that do the same at each call; others may look at data, have a state, or draw random numbers. Convolutions are left
 #: out: TorchScript has no word for an argument of their backward pass, and arithmetic is what takes their time.
@@ -47,14 +47,6 @@ KNOWN_MODULES = {
     *(torch_layers.FlattenExtractor, torch_layers.CombinedExtractor, torch_layers.MlpExtractor),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Flatten, nn.Identity, nn.Linear),
     *(nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus),
-}
-#: Distributions that do so, too.
-KNOWN_DISTRIBUTIONS = {
-    *(distributions.DiagGaussianDistribution, distributions.SquashedDiagGaussianDistribution),
-    *(distributions.StateDependentNoiseDistribution, distributions.CategoricalDistribution),
-    *(distributions.MultiCategoricalDistribution, distributions.BernoulliDistribution),
-    *(maskable_distributions.MaskableCategoricalDistribution, maskable_distributions.MaskableMultiCategoricalDistribution),
-    maskable_distributions.MaskableBernoulliDistribution,
 }
 #: Methods of policy and distribution that are called for each minibatch.
 _POLICY_METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
@@ -149,7 +141,7 @@ def _reasons_in(policy: Any) -> Iterator[str]:
         if any(hooks_of([module])):
             yield f"the policy's {name} has a hook"
     action_dist = policy.action_dist
-    if type(action_dist) not in KNOWN_DISTRIBUTIONS:
+    if type(action_dist) not in DISTRIBUTIONS:
         yield f"{type(action_dist).__name__} is not known"
     elif is_changed(policy, *_POLICY_METHODS) or is_changed(action_dist, *_DISTRIBUTION_METHODS):
         yield "a method of the policy or its distribution was replaced"

@@ -84,7 +84,7 @@ def _fused(optimizer: th.optim.Optimizer) -> Iterator[None]:
     """
     Let Adam step on all tensors in one call, which rounds differently.
 
-    Optimizers of other kinds, and a choice that the user made, are left alone.
+    Optimizers of other kinds, and those for which the user has set ``foreach``, are left alone.
 
     :param optimizer: its groups are as before afterwards, so that they are saved as they were
     """

@@ -16,10 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from sb3_klip.diagnostics import Minibatch
 from sb3_klip.fast.asking import Answering
+from sb3_klip.seam import policy_copy
 from sb3_klip.surrogate import PerSampleKL
 
 #: Weights of parts of the loss: numbers, or tensors where they change.
 WEIGHTS = ("ent_coef", "vf_coef")
+#: What is known of each sample of the rollout, where the coefficient asks for it.
+COLUMNS = ("positions", "ratio_bounds", "ages")
 
 
 def rows_of(rollout_data: Any, indices: th.Tensor | None) -> list[th.Tensor]:
@@ -35,7 +38,7 @@ def constants_of(update: Any) -> list[th.Tensor]:
     numbers = [th.as_tensor(n, dtype=th.float64) for n in (update.clip_range, update.clip_range_vf) if n is not None]
     numbers += [weight for name in WEIGHTS if isinstance(weight := getattr(update, name), th.Tensor)]
     snapshot = () if update.snapshot is None else update.snapshot.parameters
-    columns = [each for each in (update.positions, update.ratio_bounds, update.ages) if each is not None]
+    columns = [column for name in COLUMNS if (column := getattr(update, name)) is not None]
     return [*numbers, *snapshot, *columns, *(update.replayed or ())]
 
 
@@ -53,12 +56,9 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
         snapshot = copy.copy(update.snapshot)
         snapshot.parameters = tuple(next(constant) for _ in snapshot.parameters)
         update = update._replace(snapshot=snapshot)
-    if update.positions is not None:
-        update = update._replace(positions=next(constant))
-    if update.ratio_bounds is not None:
-        update = update._replace(ratio_bounds=next(constant))
-    if update.ages is not None:
-        update = update._replace(ages=next(constant))
+    for name in COLUMNS:
+        if getattr(update, name) is not None:
+            update = update._replace(**{name: next(constant)})
     if update.replayed is not None:
         update = update._replace(replayed=type(update.replayed)(*(next(constant) for _ in update.replayed)))
     if isinstance(update.coefficient, Answering):
@@ -117,8 +117,7 @@ def pure_loss(model: Any, example: Any, update: Any, rows: Sequence[th.Tensor]) 
     """
     # Of a copy: while it is evaluated, the policy has no parameters that another thread could save.
     twin = copy.copy(model)
-    action_dist = model.policy.action_dist
-    twin.policy = copy.deepcopy(model.policy, {id(action_dist): copy.copy(action_dist)})
+    twin.policy = policy_copy(model.policy)
     loss_module = _Loss(twin)
     names = [name for name, _ in loss_module.named_parameters()]
     leaves = [parameter.detach() for parameter in loss_module.parameters()]

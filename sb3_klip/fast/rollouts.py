@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_klip.fast.forward import ShortForward, has_short_forward
 from sb3_klip.fast.standing_in import StandIn, is_changed, is_replaced, standing_in
@@ -31,8 +31,7 @@ def short_rollout(policy: Any, env: Any, buffer: Any) -> Iterator[None]:
     :param env: the vector environment, wrapped or not
     :param buffer: the rollout buffer
     """
-    while isinstance(env, VecEnvWrapper):
-        env = env.venv
+    env = env.unwrapped
     functions: list[StandIn] = []
     if has_short_forward(policy) and not is_changed(policy, "forward"):
         functions.append(ShortForward(policy))

@@ -19,7 +19,7 @@ from sb3_klip.coefficients.registry import make_beta
 from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs
 
-#: Episodes that a loaded agent plays before it is trained further.
+#: Episodes that an agent plays to be evaluated: a loaded one before it is trained further, and the last and the best of a run.
 EPISODES = 20
 
 #: The hyperparameter that asks ``rl_zoo3.train -i`` to resume: ``-params resume:True``.

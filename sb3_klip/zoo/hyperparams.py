@@ -35,18 +35,21 @@ def zoo_hyperparams() -> Path:
     return inside if inside.is_dir() else package.parent / "hyperparams"
 
 
-def protocol(module_file: str) -> Callable[[str], Any]:
+def protocol(module_file: str, base: str | None = None) -> Callable[[str], Any]:
     """
     The ``__getattr__`` of a module for ``-conf``, whose ``hyperparams`` are read from the YAML file beside it.
 
     RL Zoo changes this dictionary, so each access returns a new one.
 
     :param module_file: ``__file__`` of the module
+    :param base: RL Zoo's algorithm whose hyperparameters the file overrides, see :func:`overlaid_hyperparams`
     """
     path = Path(module_file).with_suffix(".yml")
 
     def read(name: str) -> Any:
         if name == "hyperparams":
+            if base is not None:
+                return overlaid_hyperparams(base, path.stem)
             return yaml.safe_load(path.read_text(encoding="utf-8"))
         raise AttributeError(f"module 'sb3_klip.hyperparams.{path.stem}' has no attribute {name!r}")
 
