@@ -137,7 +137,13 @@ def ramp(ratio: th.Tensor, advantages: th.Tensor, clip_range: Any) -> th.Tensor:
     return ((ratio - 1).abs() / 0.5).clamp(0, 1) * float(len(str(ratio.shape)) > 0)
 
 
-@pytest.mark.parametrize("kwargs", [{"beta": ramp}, {"target_kl": 0.01}, {"use_sde": True}, {"log_kl": True}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({"beta": ramp}, {"target_kl": 0.01}),
+        *(pytest.param(kwargs, marks=pytest.mark.slow) for kwargs in ({"use_sde": True}, {"log_kl": True})),
+    ],
+)
 def test_what_else_goes_with_it(kwargs: dict[str, Any], tmp_path: Any) -> None:
     recorder = Recorder()
     model = KLipPPO("MlpPolicy", "Pendulum-v1", compile=QUICK, seed=0, device="cpu", **SMALL, **kwargs)

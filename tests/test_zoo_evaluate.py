@@ -75,7 +75,7 @@ def test_a_folder_without_an_agent_is_passed_over(logs, tmp_path, monkeypatch):
         assert any(word.startswith(str(tmp_path / "two words")) for word in shlex.split(command))
 
 
-@pytest.mark.parametrize("algo", ["klip_ppo", "ppo"])
+@pytest.mark.parametrize("algo", ["klip_ppo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_the_commands_run_as_they_are_printed(logs, algo):
     output = python("-m", "sb3_klip.zoo.evaluate", "--algo", algo, "--env", "CartPole-v1", cwd=logs).stdout
     commands = dict(re.findall(r"^  (watch|film|plot): (.*)$", output, re.MULTILINE))
