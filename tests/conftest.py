@@ -104,8 +104,21 @@ def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Itera
     registered = dict(gym.envs.registry)
     if FORKS:
         PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, n_epochs=1, device="cpu").learn(8)  # imports what it needs
-        context = types.SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
-        monkeypatch.setattr(training, "multiprocessing", context)
+        context, train, ours = multiprocessing.get_context("fork"), training.train_and_report, []
+
+        def pipe():
+            ends = context.Pipe()
+            ours.append(ends[0])
+            return ends
+
+        def train_and_report(*arguments):
+            for end in ours:  # a forked process has them, too, and would never see them closed
+                end.close()
+            train(*arguments)
+
+        forking = types.SimpleNamespace(Pipe=pipe, Process=context.Process)
+        monkeypatch.setattr(training, "multiprocessing", types.SimpleNamespace(get_context=lambda method: forking))
+        monkeypatch.setattr(training, "train_and_report", train_and_report)
 
     def verify(*arguments):
         capfd.readouterr()

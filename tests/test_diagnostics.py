@@ -33,8 +33,11 @@ def test_logger_keys_of_ppo_keep_their_meaning():
 
 
 @pytest.mark.parametrize(("beta", "clip_range"), [("step", 0.01), ("quadratic", 0.2), ("sigmoid", 0.05)])
-def test_percentiles_of_beta(beta, clip_range):
-    """β of the second epoch, from the policy that the first one left and from the definition of each coefficient."""
+def test_what_is_logged_of_beta(beta, clip_range):
+    """
+    From the policy that the first epoch left, and from the definition of each coefficient: percentiles of β in the second
+    epoch, which is the last, and means over both.
+    """
 
     def trained(n_epochs: int) -> KLipPPO:
         options = {"n_steps": 256, "batch_size": 256, "learning_rate": 0.01, "seed": 0}
@@ -50,19 +53,31 @@ def test_percentiles_of_beta(beta, clip_range):
     advantages = buffer.advantages.ravel().astype(float)
     advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
 
-    # How far past the boundary that the advantage points to.
-    distance = np.where(advantages > 0, ratio - (1 + clip_range), (1 - clip_range) - ratio)
-    removal = {
-        "step": np.where(distance > 0, 1.0, 0.0),
-        "quadratic": np.sign(advantages) * (ratio - 1) / clip_range,
-        "sigmoid": 1 / (1 + np.exp(-distance / 0.05)),
-    }[beta]
-    values = -ratio * advantages * removal
+    def beta_at(ratio: np.ndarray) -> np.ndarray:
+        # How far past the boundary that the advantage points to.
+        distance = np.where(advantages > 0, ratio - (1 + clip_range), (1 - clip_range) - ratio)
+        removal = {
+            "step": np.where(distance > 0, 1.0, 0.0),
+            "quadratic": np.sign(advantages) * (ratio - 1) / clip_range,
+            "sigmoid": 1 / (1 + np.exp(-distance / 0.05)),
+        }[beta]
+        return -ratio * advantages * removal
+
+    values = beta_at(ratio)
     assert len(np.unique(values)) > 50
     expected = np.percentile(values, PERCENTILES)
     logged = [both.logger.name_to_value[f"train/beta_p{level:02}"] for level in PERCENTILES]
     np.testing.assert_allclose(logged, expected, rtol=1e-3, atol=1e-5)
     assert np.ptp(logged) > 0.1
+
+    old = buffer.log_probs.ravel().astype(float)
+    epochs = [(np.ones_like(ratio), old, beta_at(np.ones_like(ratio))), (ratio, new, values)]
+    for key, mean in (
+        ("beta_mean", [b for _, _, b in epochs]),
+        ("kl_penalty", [-b * (log_prob - old) for _, log_prob, b in epochs]),
+        ("klip_loss", [-(w * advantages + b * log_prob) for w, log_prob, b in epochs]),
+    ):
+        assert both.logger.name_to_value[f"train/{key}"] == pytest.approx(np.mean(mean), rel=1e-3, abs=1e-6), key
 
 
 @pytest.mark.parametrize("kwargs", [{"beta": "adaptive"}, {"target_kl": 0.01}, {"reuse": 2}])

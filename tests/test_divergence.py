@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import set_random_seed
 from torch.distributions import Categorical, kl_divergence
 
-from sb3_klip import KLipPPO
+from sb3_klip import KLipPPO, KLipRecurrentPPO
 from sb3_klip.divergence import bernoulli_kl, categorical_kl
 
 
@@ -27,30 +28,48 @@ def test_divergences_of_several_variables_add_up():
     th.testing.assert_close(categorical_kl(tuple(old), tuple(new)), sum(parts))
 
 
+GSDE = {"use_sde": True, "sde_sample_freq": 1}
+LSTM = {"policy_kwargs": {"lstm_hidden_size": 8, "net_arch": [8]}}
+
+
+def parts_of(policy):
+    """The distributions that a policy holds, one for each action dimension or variable that has its own."""
+    held = getattr(policy.action_dist, "distributions", None) or policy.action_dist.distribution
+    return held if isinstance(held, list | tuple) else [held]
+
+
 @pytest.mark.parametrize(
-    ("make_env", "kwargs"),
+    ("algorithm", "make_env", "kwargs"),
     [
-        (pendulum, {}),
-        (pendulum, {"use_sde": True, "sde_sample_freq": 1}),
-        (pendulum, {"use_sde": True, "sde_sample_freq": 1, "policy_kwargs": {"squash_output": True}}),
-        (cartpole, {}),
-        (lambda: IdentityEnvMultiDiscrete(3), {}),
-        (lambda: IdentityEnvMultiBinary(3), {}),
+        (KLipPPO, pendulum, {}),
+        (KLipPPO, pendulum, GSDE),
+        (KLipPPO, pendulum, {**GSDE, "policy_kwargs": {"squash_output": True}}),
+        (KLipPPO, cartpole, {}),
+        (KLipPPO, lambda: IdentityEnvMultiDiscrete(3), {}),
+        (KLipPPO, lambda: IdentityEnvMultiBinary(3), {}),
+        (KLipRecurrentPPO, cartpole, LSTM),
     ],
 )
-def test_divergence_is_that_of_the_two_policies(make_env, kwargs):
-    """Against the estimate from actions drawn from the rollout policy, which needs no closed form."""
-    model, logs = train(
-        KLipPPO, "MlpPolicy", make_env, 4096, **{**FAST, "n_steps": 4096, "batch_size": 512}, log_kl=True, **kwargs
-    )
+def test_what_is_logged_is_the_divergence_of_the_policy_that_acted_from_the_one_that_learned(algorithm, make_env, kwargs):
+    """As torch has it for the two distributions, in each state of the rollout; without the padding of sequences."""
+    policy = "MlpLstmPolicy" if algorithm is KLipRecurrentPPO else "MlpPolicy"
+    model, logs = train(algorithm, policy, make_env, 64, **FAST, log_kl=True, **kwargs)
+    set_random_seed(0)
+    acted = algorithm(policy, make_env(), seed=0, device="cpu", **FAST, **kwargs)
+    data = next(model.rollout_buffer.get())
+    held = []
     with th.no_grad():
-        data = next(model.rollout_buffer.get())
-        _, log_prob, _ = model.policy.evaluate_actions(data.observations, model._actions(data))
-    log_ratio = log_prob - data.old_log_prob
-    sampled = log_ratio.expm1() - log_ratio
-    error = sampled.std() / len(sampled) ** 0.5
-    assert logs.column("train/kl")[-1] > 0
-    assert abs(logs.column("train/kl")[-1] - sampled.mean()) < 4 * error
+        for each in (acted, model):
+            each._evaluate_actions(data, model._actions(data))
+            held.append(parts_of(each.policy))
+    kl = sum(kl_divergence(*pair).reshape(len(data.old_log_prob), -1).sum(dim=1) for pair in zip(*held, strict=True))
+    error = 1e-4
+    if algorithm is KLipRecurrentPPO:
+        assert not data.mask.all()
+        kl = kl[data.mask > 0]
+        error = 1e-2  # each minibatch begins with the states of the rollout, and these are other minibatches
+    assert len(kl) == 64
+    assert logs.column("train/kl")[-1] == pytest.approx(kl.mean().item(), rel=error)
 
 
 def test_a_policy_that_does_not_refresh_its_distribution_is_refused():

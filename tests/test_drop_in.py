@@ -291,7 +291,7 @@ def dictionaries(case: Case) -> Any:
 @scenario()
 def images(case: Case) -> Any:
     small = {"features_extractor_kwargs": {"features_dim": 8}}
-    return case.trained(case.envs(observed="image"), "Cnn", policy_kwargs=small, n_steps=16, steps=16, n_epochs=1)
+    return case.trained(case.envs(observed="image"), "Cnn", policy_kwargs=small, n_steps=16, steps=16, n_epochs=3)
 
 
 @scenario()

@@ -238,4 +238,7 @@ def test_committed_results_are_read_and_identical():
         manifest, results = report.read_folder(folder.parent)
         assert manifest["suite"] == folder.parent.name
         frame = report._frame(manifest["definition"], results)
-        assert report.identity_table(frame)["identical"].eq("yes").all()
+        pairs = report.identity_table(frame)["identical"]
+        assert pairs.eq("yes").all()
+        # One of each task; the second of CartPole-v1 is from another kind of processor.
+        assert len(pairs) >= 9 * (manifest["suite"] == "paper")

@@ -146,7 +146,8 @@ def ramp(ratio: th.Tensor, advantages: th.Tensor, clip_range: Any) -> th.Tensor:
 )
 def test_what_else_goes_with_it(kwargs: dict[str, Any], tmp_path: Any) -> None:
     recorder = Recorder()
-    model = KLipPPO("MlpPolicy", "Pendulum-v1", compile=QUICK, seed=0, device="cpu", **SMALL, **kwargs)
+    whole = {**SMALL, "batch_size": 50}  # all minibatches of one size, each of which takes seconds to compile
+    model = KLipPPO("MlpPolicy", "Pendulum-v1", compile=QUICK, seed=0, device="cpu", **whole, **kwargs)
     model.set_logger(Logger(None, [recorder]))
     model.learn(200)
     assert np.isfinite(recorder.column("train/loss")).all()

@@ -47,9 +47,8 @@ def test_the_training_is_that_of_the_eager_update_up_to_rounding(case: str) -> N
         th.testing.assert_close(states[0][index]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-6)
         th.testing.assert_close(states[0][index]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-3, atol=1e-9)
     logs = [each.logger.name_to_value for each in (ours, eager)]
-    for key in ("train/loss", "train/value_loss", "train/kill_fraction", "train/grad_norm"):
-        if key in logs[1]:
-            assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-3, abs=1e-5)
+    for key in ("train/loss", "train/value_loss", "train/kill_fraction"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -83,11 +82,11 @@ def test_it_goes_on_where_a_file_left_off(tmp_path: Any) -> None:
     ],
 )
 def test_for_the_rest_the_loss_alone_is_compiled(kwargs: dict[str, Any]) -> None:
-    assert trained(compile=QUICK, **kwargs).update_path == "compiled, the loss alone"
+    assert trained(compile=QUICK, batch_size=50, **kwargs).update_path == "compiled, the loss alone"
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
-    model = trained(compile=QUICK)
+    model = trained(compile=QUICK, batch_size=50)
     with th.no_grad():
         model.policy.value_net.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inf|nan"):

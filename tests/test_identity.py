@@ -321,7 +321,7 @@ CONTRIB = {
 #: What the drop-in scenarios of every variant do not do as well, and one of each kind of what they do.
 QUICK = {
     *("discrete", "discrete_minibatch_60", "wrapper", "several_environments", "target_kl"),
-    *("box", "minibatch_50", "vec_normalize", "gsde", "shared_lstm", "two_layers"),
+    *("box", "minibatch_50"),
 }
 
 

@@ -92,8 +92,18 @@ def test_constructor_is_that_of_the_base_class_and_ours(variant):
     assert our_learn["tb_log_name"].default == ours.__name__
 
 
-@every_variant
-@pytest.mark.parametrize("name", available())
+#: Coefficients that ask for different things; the others, with the variants of sb3-contrib, are among the slow tests.
+FEW = ("step", "adaptive", "trust_region_guided", "position")
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        pytest.param(variant, name, marks=() if variant.name == "KLipPPO" or name in FEW else pytest.mark.slow)
+        for variant in VARIANTS
+        for name in available()
+    ],
+)
 def test_every_coefficient_trains_saves_and_continues(variant, name, tmp_path):
     make_env = functools.partial(make_vec_env, ENVS[variant.name], n_envs=2)
     kwargs = {**FAST, "n_steps": 32, "n_epochs": 2, "batch_size": 25, "learning_rate": 1e-3, **POLICIES[variant.name]}

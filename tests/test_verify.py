@@ -93,7 +93,7 @@ def test_a_difference_that_cannot_be_saved(verify, monkeypatch):
     assert "which could not be saved to difference.pt: unexpected pos 128 vs 22." in result.out
 
 
-@pytest.mark.parametrize("update", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("update", [0, 1])
 def test_the_first_difference_can_be_computed_again(verify, update):
     """From the parameters at that minibatch, which are still those of PPO, and the samples that were saved."""
     # A small learning rate leaves all samples in the band in the first update.
@@ -151,7 +151,7 @@ def test_different_numbers_of_minibatches(verify):
     assert not th.equal(saved["gradient of ppo"]["action_net.weight"], saved["gradient of klip_ppo"]["action_net.weight"])
 
 
-@pytest.mark.parametrize("algo", ["lstm", pytest.param("mask", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algo", ["lstm", "mask"])
 def test_different_with_the_other_algorithms(verify, algo):
     result = verify(*OWN_ENV, "--algo", algo, "--beta", "none", *UPDATES, *([SMALL_LSTM] if algo == "lstm" else []))
     name, saved = found_difference(result)
@@ -262,7 +262,7 @@ def test_rewards_that_are_nan(verify):
     assert re.search(r"\bnan\b|not finite", result.err, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 100])
+@pytest.mark.parametrize("after", [0, 100])
 def test_an_environment_that_does_not_repeat_itself(verify, after):
     result = verify(*OWN_ENV, "--env-kwargs", "trouble:'chance'", f"after:{after}", *UPDATES)
     message = f"The rollout of update {after // 64} differs, .*: Own-v0 does not repeat its episodes with the same seed"

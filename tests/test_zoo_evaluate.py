@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import python, zoo_here
 from huggingface_sb3 import EnvironmentName
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_klip.zoo import evaluate
 from sb3_klip.zoo.evaluate import Run, evaluated_return, main, next_commands
@@ -47,6 +51,19 @@ def test_says_what_the_training_achieved_and_how_to_go_on(logs, monkeypatch, cap
     for _, command in commands[:2]:
         assert ("--load-best" in command) == (means["best"] >= means["last"])
     assert commands[2][1].endswith(f" -o {path.parent}")  # not into the working directory
+
+
+def test_the_return_is_that_of_the_agent_with_its_statistics(tmp_path, monkeypatch):
+    zoo_here("train", "--algo", "klip_ppo", "--env", "Pendulum-v1", *RUN, "normalize:True", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "EPISODES", 3)
+    run = Run(Path("logs"), "klip_ppo", EnvironmentName("Pendulum-v1"), 1)
+    agent = run.path / "Pendulum-v1.zip"
+    env = VecNormalize.load(str(run.path / "Pendulum-v1" / "vecnormalize.pkl"), make_vec_env("Pendulum-v1", seed=0))
+    env.training, env.norm_reward = False, False
+    mean, std = evaluate_policy(PPO.load(agent, device="cpu"), env, 3, deterministic=True)
+    assert std > 0
+    assert evaluated_return(run, agent) == pytest.approx((mean, std))
 
 
 @pytest.mark.parametrize(

@@ -98,10 +98,9 @@ def train_and_report(options: argparse.Namespace, algo: str, folder: str, conf: 
             model, callbacks = _make(options, algo, conf, folder)
             model.learn(options.n_timesteps, callback=[_Reporter(connection, options.estimator == "analytic"), *callbacks])
         connection.send(("end", None))
-    except (BrokenPipeError, EOFError):
-        pass
     except BaseException as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        with contextlib.suppress(OSError):  # nobody hears it: the parent has ended the comparison
+            connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
 def _make(options: argparse.Namespace, algo: str, conf: str, logs: str) -> tuple[Any, list[Any]]:
