@@ -129,6 +129,18 @@ def against_paper() -> str:
     return _reported("paper", "Against the paper")
 
 
+def authors_trainer() -> str:
+    """LunarLander-v3 with parts of the paper's trainer."""
+    task = "LunarLander-v3"
+    trainers = {"step": "nothing", "advantages": "the advantages", "value_loss": "the value loss", "both": "both"}
+    runs = [run for run in (*_runs("paper"), *_runs("authors_trainer")) if run["task"] == task]
+    rows = [
+        (text, ", ".join(f"{run['final_return']:.0f}" for run in runs if run["method"] == method))
+        for method, text in trainers.items()
+    ]
+    return _table(("what is the paper's", f"return of `step` on {task}, each seed"), rows)
+
+
 def other_coefficients() -> str:
     """Other coefficients under the paper's protocol."""
     return _reported("coefficients", "Return in the last 10 % of training")
@@ -242,7 +254,7 @@ TABLES = {
     for each in (
         *(coefficients, families, references, quantities, constants, variants, modules),
         *(speed, memory, sizes, times),
-        *(against_paper, other_coefficients, reuse, reuse_long, wide, search, preset),
+        *(against_paper, authors_trainer, other_coefficients, reuse, reuse_long, wide, search, preset),
     )
 }
 
