@@ -306,7 +306,7 @@ def environments_without_monitor(case: Case) -> Any:
 
 @scenario("KLipPPO", "KLipRecurrentPPO")
 def an_environment_by_its_name(case: Case) -> Any:
-    return case.trained("Pendulum-v1")
+    return case.trained("Pendulum-v1", clip_range=0.01)
 
 
 @scenario()
@@ -370,7 +370,7 @@ def information_that_holds_itself(case: Case) -> Any:
     no_normalization={"normalize_advantage": False},
     target_kl={"target_kl": 0.001},
     schedules={"learning_rate": lambda p: 0.01 * p, "clip_range": lambda p: 0.1 * p},
-    one_epoch={"n_epochs": 1},
+    one_epoch={"n_epochs": 1, "clip_range": 0.01},
     whole_rollout={"batch_size": STEPS},
     large_minibatch={"batch_size": 1000},
     printed={"verbose": 1},
@@ -709,7 +709,7 @@ class SignDescent(th.optim.Optimizer):
     adafactor={"optimizer_class": th.optim.Adafactor},
 )
 def optimizers(case: Case, policy_kwargs: dict[str, Any]) -> Any:
-    model = case.trained(policy_kwargs=policy_kwargs)
+    model = case.trained(policy_kwargs=policy_kwargs, clip_range=0.001)  # some take small steps
     model.save(case.folder / "model")
     loaded = case.algorithm.load(case.folder / "model", env=case.envs())
     return model, loaded.learn(STEPS)
