@@ -12,7 +12,7 @@ import rl_zoo3
 import rl_zoo3.train
 import torch as th
 import yaml
-from helpers import assert_identical, config, python, run, zoo_here, zoo_train
+from helpers import assert_identical, config, run, zoo_here, zoo_train
 from rl_zoo3.utils import ALGOS
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,9 +82,9 @@ def test_tensorboard_log(hopper):
 def test_enjoy(hopper):
     # As many steps as the longest episode has, so that one ends.
     options = ("--algo", "klip_ppo", "--env", "Hopper-v4", "-f", "logs", "--no-render", "-n", 1000)
-    completed = python("-m", "rl_zoo3.enjoy", *options, cwd=hopper.cwd)
-    assert "Loading logs/klip_ppo/Hopper-v4_1/Hopper-v4.zip" in completed.stdout
-    assert re.search(r"Mean reward: -?\d+", completed.stdout)
+    output = zoo_here("enjoy", *options, cwd=hopper.cwd)
+    assert "Loading logs/klip_ppo/Hopper-v4_1/Hopper-v4.zip" in output
+    assert re.search(r"Mean reward: -?\d+", output)
 
 
 @pytest.mark.slow
