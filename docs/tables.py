@@ -146,6 +146,22 @@ def other_coefficients() -> str:
     return _reported("coefficients", "Return in the last 10 % of training")
 
 
+def other_gains() -> str:
+    """What their intervals show."""
+    return _reported("coefficients", "Gain over `step`")
+
+
+def wide_gains() -> str:
+    """The same for the suite ``wide``."""
+    rates = {rate: _reported("wide", f"Gain over `step` at learning rate {rate}") for rate in ("3e-4", "1e-3")}
+    return "\n\n".join(f"Learning rate {rate}:\n\n{table}" for rate, table in rates.items())
+
+
+def reuse_gains() -> str:
+    """The same for sample reuse."""
+    return _reported("reuse_long", "Gain over `step`")
+
+
 def reuse() -> str:
     """Sample reuse: the final return of each run of 300 000 steps."""
     return _each_run("reuse")
@@ -254,7 +270,8 @@ TABLES = {
     for each in (
         *(coefficients, families, references, quantities, constants, variants, modules),
         *(speed, memory, sizes, times),
-        *(against_paper, authors_trainer, other_coefficients, reuse, reuse_long, wide, search, preset),
+        *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains),
+        *(reuse, reuse_long, reuse_gains, search, preset),
     )
 }
 

@@ -34,6 +34,8 @@ AGAINST_PAPER = (
 )
 #: What stands in a table's brackets.
 BRACKETS = f"In brackets, with {MIN_SEEDS} seeds or more, are 95 % confidence intervals of the bootstrap"
+#: What is compared over tasks, and the column of its scores.
+SCORES = {"end": "score", "training": "area_score"}
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
 FIRST = 0.01
 
@@ -212,9 +214,11 @@ def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
         f"`{reference}` on the same task. {BRACKETS} within tasks. With few seeds they are too narrow: where one contradicts "
         "Welch's interval below, go by Welch's.",
         _markdown(aggregate_table(rows, reference)),
-        f"The gain of each method over `{reference}` at the end, in % of what `{reference}` gains during training. All seeds "
-        "count. The intervals are Welch's, 95 %: about one in twenty does not contain the true gain.",
-        "\n".join(_verdict(method, gain(rows, method, reference), reference) for method in methods if method != reference),
+        f"## Gain over `{reference}`{at}",
+        f"The gain of each method over `{reference}`, in % of what `{reference}` gains from beginning to end. All seeds "
+        "count. The intervals are Welch's, 95 %: about one in twenty does not contain the true gain. One that does not "
+        "contain 0 is in bold. A gain or loss beyond its interval is excluded.",
+        _markdown(gain_table(rows, reference)),
     ]
 
 
@@ -226,7 +230,7 @@ def aggregate_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     :param reference: the method to compare with
     """
     table: dict[str, list[object]] = {}
-    for title, column in (("end", "score"), ("training", "area_score")):
+    for title, column in SCORES.items():
         scores = matrices(rows, column)
         iqm, better = bootstrap(scores, metrics.aggregate_iqm), improvement(scores, reference)
         table |= {"method": list(scores), "seeds": [len(matrix) for matrix in scores.values()]}
@@ -237,17 +241,23 @@ def aggregate_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def _verdict(method: str, difference: Interval, reference: str) -> str:
-    """What an interval of the gain says, in words."""
-    percent = Interval(*(100 * value for value in difference))
-    if percent.low > 0:
-        says = f"better than `{reference}`"
-    elif percent.high < 0:
-        says = f"worse than `{reference}`"
-    else:
-        bounds = f"a gain of more than {percent.high:.0f} % is excluded, and a loss of more than {-percent.low:.0f} %"
-        says = f"no difference is shown: {bounds}"
-    return f"- `{method}`: {percent.text('{:+.0f}')}; {says}."
+def gain_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """
+    The gain of each method over the reference, with 95 % confidence intervals, in bold where these do not contain 0.
+
+    :param rows: as from :func:`~sb3_klip.experiments.statistics.with_scores`
+    :param reference: the method to compare with
+    """
+    methods = [method for method in rows.sort_values("method")["method"].unique() if method != reference]
+    table = {"method": methods}
+    for title, column in SCORES.items():
+        table[title] = [_gain_text(gain(rows, method, reference, column)) for method in methods]
+    return pd.DataFrame(table)
+
+
+def _gain_text(gained: Interval) -> str:
+    text = Interval(*(100 * value for value in gained)).text("{:+.0f}")
+    return text if gained.low <= 0 <= gained.high else f"**{text}**"
 
 
 def _by_task(frame: pd.DataFrame) -> str:

@@ -124,13 +124,14 @@ def matrices(rows: pd.DataFrame, column: str) -> dict[str, np.ndarray]:
     return found
 
 
-def gain(rows: pd.DataFrame, method: str, reference: str) -> Interval:
+def gain(rows: pd.DataFrame, method: str, reference: str, column: str = "score") -> Interval:
     """
-    How much higher the method ends than the reference: difference of mean scores, mean over tasks, with Welch's interval.
+    How much higher the method scores than the reference: difference of mean scores, mean over tasks, with Welch's interval.
 
     :param rows: as from :func:`with_scores`
+    :param column: the score of the end of training, or ``area_score``
     """
-    cells = rows.groupby(["method", "task"], observed=True)["score"].agg(["mean", "var", "count"])
+    cells = rows.groupby(["method", "task"], observed=True)[column].agg(["mean", "var", "count"])
     tasks = len(cells.loc[reference])
     both = pd.concat([cells.loc[method], cells.loc[reference]])
     difference = (cells.loc[method, "mean"] - cells.loc[reference, "mean"]).mean()
