@@ -7,6 +7,7 @@ A table stands in a page between the lines ``<!-- table: NAME -->`` and ``<!-- e
 import ast
 import csv
 import inspect
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy import stats
 
 from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
 from sb3_klip.coefficients.parameters import Parameter
@@ -185,6 +187,26 @@ def wide() -> str:
     return f"{_table(('task', 'learning rate', *(_code([method]) for method in methods)), rows)}\n\n{_done('wide')}"
 
 
+def seeds_needed() -> str:
+    """How many seeds it takes to find a difference, by the spread of ``step`` under the paper's protocol."""
+    rows = []
+    for task in _CHOSEN_ON:
+        finals = [run["final_return"] for run in _runs("paper") if (run["task"], run["method"]) == (task, "step")]
+        spread = statistics.stdev(finals) / statistics.mean(finals)
+        rows.append((task, *(str(_seeds_to_find(difference / spread)) for difference in (0.2, 0.5, 1.0))))
+    return _table(("task", "20 %", "50 %", "100 %"), rows)
+
+
+def _seeds_to_find(difference: float) -> int:
+    """Seeds of each method, so that a t-test at 5 % finds a difference, in standard deviations, in 80 % of all cases."""
+    for seeds in itertools.count(2):
+        freedom, centre = 2 * seeds - 2, difference * math.sqrt(seeds / 2)
+        bound = stats.t.ppf(0.975, freedom)
+        if stats.nct.sf(bound, freedom, centre) + stats.nct.cdf(-bound, freedom, centre) >= 0.8:
+            break
+    return seeds
+
+
 def search() -> str:
     """What was tried for the preset: the final return of each setting."""
     base = [run for run in _runs("wide") if run["method"] == "step@1e-3" and run["seed"] == 0]
@@ -270,7 +292,7 @@ TABLES = {
     for each in (
         *(coefficients, families, references, quantities, constants, variants, modules),
         *(speed, memory, sizes, times),
-        *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains),
+        *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
         *(reuse, reuse_long, reuse_gains, search, preset),
     )
 }

@@ -87,7 +87,7 @@ class CSVLogCallback(BaseCallback):
 
 class BetaHistogramCallback(BaseCallback):
     """
-    Log β of all samples of each update as a histogram, ``train/beta``, in TensorBoard.
+    Log β of all samples in the last epoch of each update as a histogram, ``train/beta``, in TensorBoard.
 
     Weights & Biases also shows it if it reads TensorBoard's log, as with RL Zoo's ``--track``. Without TensorBoard, the
     callback only warns.

@@ -57,7 +57,7 @@ class KLipPPO(KLipAlgorithm, PPO):
     :param log_kl: Whether to log ``train/kl``, the closed-form KL divergence of the final policy of each update from the
         rollout policy, averaged over the rollout; costs two forward passes per update
     :param compile: Whether to compile the update with ``torch.compile``, or a dict of its arguments. The compilation takes
-        about half a minute. The update is then faster; it equals that of ``PPO`` up to rounding, but not bit for bit.
+        5 to 30 seconds. The update is then faster; it equals that of ``PPO`` up to rounding, but not bit for bit.
     :param reuse: Number of rollouts that each update learns from, as in GePPO; or a list of their weights, the newest first
         (see :func:`sb3_klip.replay.optimal_weights`). 1 is PPO. With M rollouts, an update has M times as many minibatches,
         the clip range is reduced, and the learning rate is adapted to the size of the updates.

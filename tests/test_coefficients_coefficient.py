@@ -72,6 +72,41 @@ def test_functions_that_do_not_fit_are_refused(function, error, message):
         make(function)
 
 
+class Methods:
+    """Of an object, what is called in training, or when it is saved."""
+
+    def __call__(self, ratio, advantages, clip_range, *, width=0.1):
+        return th.zeros_like(ratio)
+
+
+class StopWithoutParameters(Methods):
+    def stop(self, ratio):
+        return False
+
+
+class LearnsNothing(Methods):
+    def end_update(self, *, width):
+        pass
+
+
+class SavedOnly(Methods):
+    def state_dict(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (StopWithoutParameters, r"its method stop must take \(ratio\), and the parameters width as keywords, not \(ratio\)"),
+        (LearnsNothing, r"its method end_update must take \(kl\), and the parameters width as keywords, not \(\*, width\)"),
+        (SavedOnly, "needs both of state_dict and load_state_dict, or neither"),
+    ],
+)
+def test_methods_that_could_not_be_called_are_refused(kind, message):
+    with pytest.raises(TypeError, match=message):
+        KLipPPO("MlpPolicy", "CartPole-v1", beta=kind())
+
+
 def test_the_first_three_arguments_in_any_order():
     def backwards(clip_range, advantages, ratio, /, progress, *, scale=1.0):
         return (ratio - 1) * scale * clip_range + 0 * advantages

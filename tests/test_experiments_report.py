@@ -180,6 +180,7 @@ def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
         ("coefficients", "## Return in the last", "## Beyond the paper's coefficients"),
         ("knobs", None, None),
         ("reuse", None, None),
+        ("reuse_long", None, None),
         ("wide", None, None),
         ("fast", None, None),
     ],

@@ -45,8 +45,9 @@ class Coefficient:
         so that this coefficient does not share its state
     :param name: name for messages and checkpoints
     :param parameters: values for its keyword-only arguments: a number, ``"lin_x"`` or a function of the remaining progress
-    :raises TypeError: if the signature of the function does not fit, if a parameter is unknown or of a wrong type, or if the
-        object could not be saved, as its constructor takes ``*args`` or ``**kwargs`` or does not store an argument
+    :raises TypeError: if the signature of the function or of a method does not fit, if a parameter is unknown or of a wrong
+        type, or if the object could not be saved, as its constructor takes ``*args`` or ``**kwargs`` or does not store an
+        argument, or as it has only one of ``state_dict`` and ``load_state_dict``
     :raises ValueError: if a parameter is out of range, or if the result of the function on a small batch is not valid
     """
 
@@ -62,6 +63,7 @@ class Coefficient:
         self.settings = {key: given.get(key, declared.default) for key, declared in self._declared.items()}
         for key, declared in self._declared.items():
             declared.check(self.settings[key], name)
+        _check_methods(function, self.settings, name)
         #: What is needed to construct it again under its name: arguments of an object's constructor, and its parameters.
         self.parameters = {**_constructor_arguments(function, name), **self.settings}
         #: The KL estimate that its weight multiplies; None if it has no weight.
@@ -271,6 +273,25 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
             f"{hidden[0]!r} of its constructor as an attribute of that name (self.{hidden[0]} = {hidden[0]})"
         )
     return {argument: copy.copy(getattr(function, argument)) for argument in named}
+
+
+def _check_methods(function: CoefficientFunction, parameters: Mapping[str, Any], name: str) -> None:
+    """Refuse an object whose optional methods could not be called, which otherwise shows in training or in loading."""
+    for method, first in (("stop", "ratio"), ("end_update", "kl")):
+        if (hook := getattr(function, method, None)) is not None:
+            try:
+                inspect.signature(hook).bind(None, **parameters)
+            except TypeError as error:
+                also = f", and the parameters {', '.join(parameters)} as keywords" if parameters else ""
+                raise TypeError(
+                    f"coefficient {name!r}: its method {method} must take ({first}){also}, not {inspect.signature(hook)}"
+                ) from error
+    saving = [hasattr(function, method) for method in ("state_dict", "load_state_dict")]
+    if any(saving) and not all(saving):
+        raise TypeError(
+            f"coefficient {name!r} could not be saved and loaded again: it needs both of state_dict and "
+            "load_state_dict, or neither"
+        )
 
 
 def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Parameter]]:
