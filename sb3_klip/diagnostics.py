@@ -1,6 +1,7 @@
 """What an update logs: stored per minibatch, reduced some epochs at a time, and read from the device once per update."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -68,6 +69,19 @@ class Minibatch(NamedTuple):
                 if bad.numel() > 0:
                     return f"{name} is {bad[0].item()}"
         return None
+
+
+def _number(weight: Any) -> float:
+    """A weight of the loss, which may be a tensor."""
+    return weight.item() if isinstance(weight, th.Tensor) else weight
+
+
+def _percentiles(values: th.Tensor) -> th.Tensor:
+    """As ``torch.quantile``, which refuses more than 16 million numbers."""
+    ordered = values.sort().values
+    places = [level / 100 * (len(values) - 1) for level in PERCENTILES]
+    low, high = ordered[list(map(math.floor, places))], ordered[list(map(math.ceil, places))]
+    return low.lerp(high, ordered.new_tensor([place % 1 for place in places]))
 
 
 class UpdateLog:
@@ -200,9 +214,8 @@ class UpdateLog:
         logs = {name: sum(row[name] for row in rows) / sum(self._counts) for name in names if not name.startswith("last_")}
         logs["approx_kl"] = rows[-1]["last_approx_kl"]
         logs["beta_abs_max"] = max(row["beta_abs_max"] for row in rows)
-        levels = th.tensor(PERCENTILES, dtype=self.last_beta.dtype, device=self.last_beta.device) / 100
         losses = th.stack([self._last.entropy_loss, self._last.value_loss])
-        entropy_loss, value_loss, *quantiles = th.cat([losses, self.last_beta.quantile(levels)]).tolist()
-        logs["loss"] = rows[-1]["last_policy_loss"] + ent_coef * entropy_loss + vf_coef * value_loss
+        entropy_loss, value_loss, *quantiles = th.cat([losses, _percentiles(self.last_beta)]).tolist()
+        logs["loss"] = rows[-1]["last_policy_loss"] + _number(ent_coef) * entropy_loss + _number(vf_coef) * value_loss
         logs.update((f"beta_p{level:02}", value) for level, value in zip(PERCENTILES, quantiles, strict=True))
         return logs

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -30,10 +31,17 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     :raises OSError: naming the file, if it cannot be written
     """
     path = pathlib.Path(os.path.realpath(path))  # what a link points to
-    # In the same folder: a rename from another file system would be a copy. Two threads may write the same file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    if path.exists() and not path.is_file():  # a pipe, or a device
+        with naming(path):
+            path.write_bytes(content)
+        return
+    # In the same folder: a rename from another file system would be a copy. Two threads may write the same file. A name has a
+    # greatest length.
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with naming(path), temporary.open("wb") as file:
+            if path.exists():
+                shutil.copymode(path, temporary)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -82,12 +82,13 @@ def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
     :return: the first cause, in the order of steps; None if all advantages are finite, or the buffer has its own way to hand
         out samples, and may leave some out
     """
-    if is_changed(buffer, "get"):
+    if is_changed(buffer, "get", "_get_samples"):
         return None
     advantages, rewards, values = (np.asarray(array) for array in (buffer.advantages, buffer.rewards, buffer.values))
     if np.isfinite(advantages).all():
         return None
-    if not advantages.shape == rewards.shape == values.shape:  # samples have been drawn
+    # Samples have been drawn; or advantages are not those of SB3.
+    if not advantages.shape == rewards.shape == values.shape or is_changed(buffer, "compute_returns_and_advantage"):
         return "an advantage is NaN or infinite"
 
     def place(step: int, env: int) -> str:

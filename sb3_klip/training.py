@@ -13,6 +13,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.utils import explained_variance
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from sb3_klip.coefficients import Coefficient
 from sb3_klip.diagnostics import Minibatch, UpdateLog
@@ -96,7 +97,8 @@ class PerSampleKLTraining(Seam):
             )
         update = self._begin_update()
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
-        before = [(tensor, tensor.detach().clone()) for tensor in (*self.policy.parameters(), *self.policy.buffers())]
+        tensors = (*self.policy.parameters(), *self.policy.buffers())
+        before = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
         cause = None
         try:
             with self._computation(update) as (compute, step, gathered):

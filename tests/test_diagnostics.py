@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sb3_klip import KLipPPO, diagnostics
 from sb3_klip.callbacks import CSVLogCallback
-from sb3_klip.diagnostics import PERCENTILES
+from sb3_klip.diagnostics import PERCENTILES, _percentiles
 
 
 def test_logger_keys_of_ppo_keep_their_meaning():
@@ -111,6 +111,12 @@ def test_what_is_logged_is_not_rounded_by_autocast(dtype):
     ours, theirs = logged(KLipPPO), logged(PPO)
     for key in ("approx_kl", "policy_gradient_loss", "value_loss", "loss"):
         assert ours[f"train/{key}"] == pytest.approx(theirs[f"train/{key}"], rel=1e-2), key
+
+
+@pytest.mark.parametrize("number", [1, 2, 100, 2**24 + 1])
+def test_percentiles_of_any_number_of_samples(number):
+    values = torch.randn(number)
+    np.testing.assert_allclose(_percentiles(values), np.quantile(values.numpy(), np.array(PERCENTILES) / 100), atol=1e-6)
 
 
 def test_percentiles_are_for_files_and_not_for_the_terminal(tmp_path, capsys):

@@ -17,6 +17,7 @@ import pickle
 import random
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +47,11 @@ from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     SubprocVecEnv,
     VecCheckNan,
+    VecEnv,
     VecFrameStack,
     VecNormalize,
 )
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sb3_klip.fast import graph
@@ -338,6 +341,41 @@ def environments_checked_for_nan(case: Case) -> Any:
     return case.trained(VecCheckNan(case.envs(), raise_exception=True))
 
 
+@scenario("KLipPPO", "KLipRecurrentPPO")
+def environments_in_one_batch(case: Case) -> Any:
+    class Batched(DummyVecEnv):
+        """Two environments in one array, which has none of what the class is otherwise made with."""
+
+        def __init__(self) -> None:
+            task = Task(acted="box")
+            VecEnv.__init__(self, 2, task.observation_space, task.action_space)
+            self.steps = 0
+
+        def _observations(self) -> np.ndarray:
+            return np.full((2, 3), np.sin(self.steps), dtype=np.float32)
+
+        def reset(self) -> Any:
+            return self._observations()
+
+        def step_wait(self) -> Any:
+            self.steps += 1
+            return self._observations(), self.actions.sum(axis=1), np.full(2, self.steps % 7 == 0), [{}, {}]
+
+        def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+            raise AttributeError(attr_name)
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Any:
+            return [False, False]
+
+        def env_method(self, *args: Any, **kwargs: Any) -> Any:
+            return [None, None]
+
+        def seed(self, seed: int | None = None) -> Any:
+            return [None, None]
+
+    return case.trained(Batched(), steps=4 * STEPS)
+
+
 @scenario()
 def information_that_holds_itself(case: Case) -> Any:
     class Own(gym.Wrapper):
@@ -595,14 +633,14 @@ def a_distribution_of_its_own(case: Case) -> Any:
     return model.learn(2 * STEPS), model.policy.action_dist.calls
 
 
-@scenario("KLipPPO")
-def a_distribution_that_is_written_into(case: Case) -> Any:
+@scenario("KLipPPO", once=3, always=None)
+def a_distribution_that_is_written_into(case: Case, at: int | None) -> Any:
     scales: list[th.Tensor] = []
 
     def widen(model: Any) -> None:
         scales.append(model.policy.action_dist.distribution.scale.mul_(2).clone())
 
-    return case.model().learn(2 * STEPS, callback=Do("step", widen, at=3)), scales
+    return case.model().learn(2 * STEPS, callback=Do("step", widen, at)), scales
 
 
 @scenario(
@@ -610,6 +648,8 @@ def a_distribution_that_is_written_into(case: Case) -> Any:
     preprocess_obs=(policies, "preprocess_obs"),
     extract_features=(policies.BaseModel, "extract_features"),
     evaluate_actions=(ActorCriticPolicy, "evaluate_actions"),
+    linear=(th.nn.functional, "linear"),
+    tanh=(th, "tanh"),
 )
 def functions_of_the_library_replaced(case: Case, where: tuple[Any, str]) -> Any:
     owner, name = where
@@ -622,6 +662,50 @@ def functions_of_the_library_replaced(case: Case, where: tuple[Any, str]) -> Any
 
     with mock.patch.object(owner, name, scaled):
         return case.trained(), len(calls)
+
+
+@scenario("KLipPPO")
+def a_trace_of_the_policy(case: Case) -> Any:
+    made = []
+
+    def trace(model: Any) -> None:
+        with th.no_grad():
+            made.append(th.jit.trace(model.policy, th.ones(1, 3), check_trace=False))
+
+    model = case.model().learn(2 * STEPS, callback=Do("step", trace, at=3))
+    return model, made[0](th.zeros(1, 3))
+
+
+@scenario("KLipPPO")
+def heads_that_draw_random_numbers(case: Case) -> Any:
+    class Noisy(th.nn.Linear):
+        def forward(self, values: th.Tensor) -> th.Tensor:
+            found = super().forward(values)
+            return found + 0.1 * th.rand_like(found)
+
+    model = case.model()
+    for name in ("action_net", "value_net"):
+        setattr(model.policy, name, Noisy(8, getattr(model.policy, name).out_features))
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.01)
+    return model.learn(2 * STEPS)
+
+
+@scenario("KLipPPO")
+def a_head_for_each_action(case: Case) -> Any:
+    """Means of actions that lie in memory one action after the other, and not one environment after the other."""
+
+    class Heads(th.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = th.nn.ModuleList(th.nn.Linear(8, 1) for _ in range(2))
+
+        def forward(self, values: th.Tensor) -> th.Tensor:
+            return th.stack([head(values).squeeze(-1) for head in self.heads]).T
+
+    model = case.model(case.envs(4))
+    model.policy.action_net = Heads()
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=0.01)
+    return model.learn(4 * 2 * STEPS)
 
 
 @scenario("KLipRecurrentPPO")
@@ -681,6 +765,20 @@ def advantages_that_a_callback_replaces(case: Case, change: Any) -> Any:
         model.rollout_buffer.advantages = change(model.rollout_buffer.advantages)
 
     return case.model().learn(2 * STEPS, callback=Do("rollout_end", replace))
+
+
+@scenario("KLipPPO")
+def samples_that_are_repaired(case: Case) -> Any:
+    class Own(RolloutBuffer):
+        def compute_returns_and_advantage(self, *args: Any, **kwargs: Any) -> None:
+            super().compute_returns_and_advantage(*args, **kwargs)
+            self.advantages[::5] = np.nan
+
+        def _get_samples(self, batch_inds: Any, env: Any = None) -> Any:
+            samples = super()._get_samples(batch_inds, env)
+            return samples._replace(advantages=samples.advantages.nan_to_num())
+
+    return case.trained(rollout_buffer_class=Own)
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------------------
@@ -859,16 +957,16 @@ class Stop(sb3_callbacks.BaseCallback):
 
 
 class Do(sb3_callbacks.BaseCallback):
-    """Calls a function with the model at one event."""
+    """Calls a function with the model at one event, or whenever there is one."""
 
-    def __init__(self, event: str, function: Callable[[Any], Any], at: int = 1):
+    def __init__(self, event: str, function: Callable[[Any], Any], at: int | None = 1):
         super().__init__()
         self.event, self.function, self.at, self.seen = event, function, at, 0
 
     def _do(self, event: str) -> None:
         if event == self.event:
             self.seen += 1
-            if self.seen == self.at:
+            if self.at in (None, self.seen):
                 self.function(self.model)
 
     def _on_training_start(self) -> None:
@@ -939,6 +1037,16 @@ def a_callback_that_saves(case: Case) -> Any:
     save = [Do(event, lambda model, event=event: model.save(case.folder / event)) for event in ("step", "rollout_end")]
     model = case.model().learn(2 * STEPS, callback=save)
     return model, [case.algorithm.load(case.folder / event) for event in ("step", "rollout_end")]
+
+
+@scenario()
+def a_callback_whose_data_holds_itself(case: Case) -> Any:
+    callback = Stop(99)
+    callback.tree = {"children": []}  # type: ignore[attr-defined]
+    callback.tree["children"].append({"parent": callback.tree})  # type: ignore[attr-defined]
+    for _ in range(3000):
+        callback.list = (vars(callback).get("list"),)  # type: ignore[attr-defined]
+    return case.model().learn(2 * STEPS, callback=callback)
 
 
 @scenario()
@@ -1116,6 +1224,35 @@ def save_without_and_with_attributes(case: Case) -> Any:
     return loaded.gamma, loaded.note
 
 
+@scenario(
+    clip_range=["clip_range"], policy_kwargs=["policy_kwargs"], some=["clip_range", "n_epochs", "learning_rate", "lr_schedule"]
+)
+def save_without_hyperparameters(case: Case, left_out: list[str]) -> Any:
+    model = case.model(policy_kwargs={"net_arch": [64, 64], **({"lstm_hidden_size": 256} if case.is_recurrent else {})})
+    model.save(case.folder / "model", exclude=left_out)
+    loaded = case.algorithm.load(case.folder / "model", env=case.envs(), clip_range=0.05)
+    model.set_parameters(str(case.folder / "model"))
+    return loaded.n_epochs, loaded.learn(STEPS)
+
+
+@scenario()
+def attributes_with_the_names_of_other_algorithms(case: Case) -> Any:
+    model = case.model()
+    names = ("target_entropy", "exploration_initial_eps", "n_delta", "cg_max_steps", "target_policy_noise")
+    vars(model).update(dict.fromkeys(names, 0.5))
+    model.save(case.folder / "model")
+    return case.algorithm.load(case.folder / "model").target_entropy
+
+
+@scenario("KLipPPO")
+def a_policy_in_a_module_with_the_name_of_another_algorithm(case: Case) -> Any:
+    module = types.ModuleType("own.recurrent.policies")
+    module.Own = type("Own", (ActorCriticPolicy,), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, {"own": module, "own.recurrent": module, module.__name__: module}):
+        case.model(policy=module.Own).save(case.folder / "model")  # type: ignore[attr-defined]
+        return case.algorithm.load(case.folder / "model", env=case.envs()).learn(STEPS)
+
+
 @scenario()
 def load_what_is_not_there(case: Case) -> Any:
     return case.algorithm.load(case.folder / "nothing")
@@ -1134,6 +1271,37 @@ def get_and_set_parameters(case: Case) -> Any:
     part = {"policy": model.get_parameters()["policy"]}
     case.model().set_parameters(part, exact_match=False)
     return other.learn(STEPS)
+
+
+@scenario("KLipPPO")
+def parameters_under_older_names(case: Case) -> Any:
+    class Own(ActorCriticPolicy):
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+            state_dict["log_std"] = state_dict.pop("old_log_std")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    model = case.model(policy=Own)
+    parameters = model.get_parameters()
+    parameters["policy"]["old_log_std"] = parameters["policy"].pop("log_std") + 1
+    model.set_parameters(parameters)
+    return model.learn(STEPS)
+
+
+@scenario("KLipPPO", used=True, unused=False)
+def a_lazy_module(case: Case, used: bool) -> Any:
+    class Lazy(BaseFeaturesExtractor):
+        def __init__(self, observation_space: spaces.Space):
+            super().__init__(observation_space, 4)
+            self.linear = th.nn.LazyLinear(4)
+
+        def forward(self, observations: th.Tensor) -> th.Tensor:
+            return self.linear(observations) if used else observations.repeat(1, 2)[:, :4]
+
+    model = case.trained(policy_kwargs={"features_extractor_class": Lazy, "ortho_init": False})
+    if used:  # SB3 cannot load what has no shape
+        model.save(case.folder / "model")
+        return case.algorithm.load(case.folder / "model", env=case.envs()).learn(STEPS)
+    return [parameter for parameter in model.policy.parameters() if not is_lazy(parameter)]
 
 
 @scenario(
@@ -1358,6 +1526,16 @@ def a_subclass_that_passes_its_arguments_on(case: Case) -> Any:
 
 
 @scenario()
+def a_subclass_that_is_not_copied(case: Case) -> Any:
+    class Own(case.algorithm):  # type: ignore[misc, name-defined]
+        def __getstate__(self) -> Any:
+            raise TypeError("not to be pickled")
+
+    case._replace(algorithm=Own).model().save(case.folder / "model")
+    return case.algorithm.load(case.folder / "model", env=case.envs()).learn(STEPS)
+
+
+@scenario()
 def a_subclass_that_wraps_methods(case: Case) -> Any:
     calls: list[str] = []
 
@@ -1463,6 +1641,21 @@ LOGGED = [
     *("train/clip_range", "train/entropy_loss", "train/explained_variance", "train/learning_rate", "train/loss"),
     *("train/policy_gradient_loss", "train/value_loss"),
 ]
+
+
+@scenario()
+def the_log_of_a_weight_that_is_a_tensor(case: Case) -> Any:
+    model = case.model(ent_coef=th.tensor(0.5), vf_coef=th.nn.Parameter(th.tensor(0.1))).learn(2 * STEPS)
+    loss = model.logger.name_to_value["train/loss"]
+    return type(loss).__name__, f"{loss:.4g}"
+
+
+@scenario()
+def what_a_profiler_sees(case: Case) -> Any:
+    model = case.model()
+    with th.autograd.profiler.profile() as profile:
+        model.learn(STEPS)
+    return [event.count for event in profile.key_averages() if event.key.startswith("Optimizer.step")]
 
 
 @scenario()

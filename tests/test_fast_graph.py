@@ -1,6 +1,7 @@
 """The traced update: the bits of the eager one, used where nothing speaks against it, and left as soon as a bit differs."""
 
 import copy
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -426,6 +427,27 @@ def test_clipping_of_values_is_switched_on_or_off(before: float | None, after: f
     ours, theirs = trained(KLipPPO), trained(PPO)
     assert ours.update_path == "traced"
     assert_same(ours, theirs)
+
+
+class TimeIsUpError(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="the system has no alarm")
+def test_an_exception_of_a_signal_while_tracing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(number: int, frame: Any) -> None:
+        raise TimeIsUpError
+
+    def interrupted(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(graph, "_traced", interrupted)
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(TimeIsUpError):
+            model().learn(STEPS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_graph_that_fails_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,34 @@ def test_the_file_that_a_link_points_to_is_replaced(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_a_file_that_is_private_stays_so(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(0o600)
+    write_atomically(path, b"new")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_who_reads_from_a_pipe_gets_the_content(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_atomically(path, b"new")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+    assert path.is_fifo()
+
+
+def test_a_long_name(tmp_path):
+    path = tmp_path / ("a" * 255)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")

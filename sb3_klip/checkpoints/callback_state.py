@@ -75,10 +75,17 @@ def _digest(value: Any) -> bytes:
 
 
 def _is_plain(value: Any) -> bool:
+    try:
+        return _consists_of_plain(value)
+    except RuntimeError:  # it holds itself, is nested too deeply, or is changed by another thread
+        return False
+
+
+def _consists_of_plain(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+        return all(_consists_of_plain(key) and _consists_of_plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return all(_is_plain(item) for item in value)
+        return all(map(_consists_of_plain, value))
     return isinstance(value, _PLAIN) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)
 
 

@@ -25,6 +25,7 @@ from stable_baselines3.common.save_util import open_path
 from sb3_klip.checkpoints.spaces import fit_action_space, fit_space
 from sb3_klip.checkpoints.unpickling import NotRestorableError, RefusedError, load_tensor, loads
 from sb3_klip.checkpoints.zoo_run import read_zoo_yaml, run_folder
+from sb3_klip.errors import ArchitectureError
 from sb3_klip.variants import VARIANTS
 
 File = str | pathlib.Path | io.BufferedIOBase
@@ -35,18 +36,19 @@ FORMAT = 1
 #: Name of the file in a checkpoint that holds the state to resume from.
 RESUME = "klip_resume.pkl"
 
-#: How to tell the algorithm of a checkpoint, which names none: by hyperparameters that only this one has.
+#: How to tell the algorithm of a checkpoint, which names none: by attributes of which no other has one. Those of PPO come
+#: first, as a user's own attribute may have the name of another's; and there are several, as not all need be saved.
 _SIGNATURES = {
-    "TRPO": "cg_max_steps",
-    "ARS": "n_delta",
-    "TQC": "top_quantiles_to_drop_per_net",
-    "SAC": "target_entropy",
-    "DQN": "exploration_initial_eps",
-    "TD3": "target_policy_noise",
-    "PPO": "clip_range",
-    "A2C": "gae_lambda",
+    "PPO": ("clip_range", "n_epochs", "klip_format"),
+    "TRPO": ("cg_max_steps",),
+    "ARS": ("n_delta",),
+    "TQC": ("top_quantiles_to_drop_per_net",),
+    "SAC": ("target_entropy",),
+    "DQN": ("exploration_initial_eps",),
+    "TD3": ("target_policy_noise",),
+    "A2C": ("gae_lambda",),
 }
-#: Algorithms that share those of another, told by the module of their policy.
+#: Algorithms that share those of another, told by the module of their policy in sb3-contrib.
 _MODULES = {"recurrent": "RecurrentPPO", "maskable": "MaskablePPO", "qrdqn": "QRDQN", "crossq": "CrossQ"}
 
 _UNKNOWN = "an unknown algorithm"
@@ -55,8 +57,9 @@ _UNKNOWN = "an unknown algorithm"
 _UNREADABLE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, OSError, UnicodeDecodeError)
 _UNREADABLE += (json.JSONDecodeError, NotImplementedError, RuntimeError)
 
-#: Without these there is no model; everything else has a default.
-_NEEDED = ("policy_class", "observation_space", "action_space", "policy_kwargs")
+#: Without these there is no model; everything else has a default, also the arguments of the policy if there are none.
+_NEEDED = ("policy_class", "observation_space", "action_space")
+_NOT_LOST = (*_NEEDED, "policy_kwargs")
 #: Made anew from something else when a model is loaded.
 _DERIVED = ("lr_schedule",)
 
@@ -168,12 +171,15 @@ class Checkpoint(NamedTuple):
     @contextlib.contextmanager
     def refused_weights(self) -> Iterator[None]:
         """
-        Names the file where torch refuses the weights in it.
+        Names the file where the weights in it are refused.
 
         :raises ValueError: if they hold more than tensors
+        :raises ArchitectureError: if they are of another architecture
         """
         try:
             yield
+        except ArchitectureError as error:
+            raise ArchitectureError(str(error).replace("load_path_or_dict", self.name, 1)) from error
         except pickle.UnpicklingError as error:
             raise ValueError(f"{self.name} is refused: its weights hold more than tensors ({error})") from error
 
@@ -204,7 +210,7 @@ class Checkpoint(NamedTuple):
                 ) from error
             except Exception as error:  # whatever a pickle of another time may raise
                 problem = str(error) if isinstance(error, NotRestorableError) else f"{type(error).__name__}: {error}"
-                if name in _NEEDED:
+                if name in _NOT_LOST:
                     raise ValueError(
                         f"{self.name} cannot be loaded: its {name} cannot be restored ({problem}). Make what it names "
                         f"importable, or give another with custom_objects={{{name!r}: …}}."
@@ -305,8 +311,8 @@ def _algorithm(data: Mapping[str, Any]) -> str:
     """Name of the algorithm that saved these attributes."""
     module = _policy_module(data)
     for part, name in _MODULES.items():
-        if f".{part}." in module:
+        if module.startswith("sb3_contrib.") and f".{part}." in module:
             return name
-    found = next((name for name, key in _SIGNATURES.items() if key in data), _UNKNOWN)
+    found = next((name for name, keys in _SIGNATURES.items() if not data.keys().isdisjoint(keys)), _UNKNOWN)
     # A policy of the user's own, which derives from a recurrent one, shows in the state of its rollouts.
     return "RecurrentPPO" if found == "PPO" and "_last_lstm_states" in data else found

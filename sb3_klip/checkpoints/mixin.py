@@ -1,6 +1,5 @@
 """Saving, loading and resuming: what the algorithms add to ``save``, ``load`` and ``learn`` of Stable-Baselines3."""
 
-import copy
 import io
 import pathlib
 import warnings
@@ -172,12 +171,12 @@ class Checkpoints(OnPolicyAlgorithm):
         """
         state = read_state(self) if resumable else None
         # What the file has and the model has not goes into a copy: the model may be in use in another thread.
-        shown = copy.copy(self)
         beta = self.beta
         extra: dict[str, Any] = {"beta": beta, "klip_format": FORMAT}
         if isinstance(beta, Coefficient):
             extra.update(beta=beta.name, beta_kwargs=beta.parameters, beta_state={beta.name: beta.state_dict()})
-        vars(shown).update(extra)
+        shown = object.__new__(type(self))
+        vars(shown).update(vars(self) | extra)
         buffer = io.BytesIO()
         super(Checkpoints, shown).save(buffer, exclude, include)
         if state is not None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch as th
+from torch.nn.parameter import is_lazy
 
 from sb3_klip.errors import ArchitectureError
 
@@ -33,6 +34,8 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
     given, own = parameters.get("policy", {}), policy.state_dict()
     if not isinstance(given, Mapping):
         return  # Stable-Baselines3 refuses what is no state
+    own_way = _loaded_in_their_own_way(policy)
+    given, own = ({key: value for key, value in state.items() if not key.startswith(own_way)} for state in (given, own))
     problems = [
         f"{key} is {tuple(given[key].shape)} and should be {tuple(own[key].shape)}"
         for key in given
@@ -53,6 +56,15 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
         )
 
 
+def _loaded_in_their_own_way(policy: th.nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of what modules load that may rename or add parameters: torch says what does not fit there."""
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in policy.named_modules(remove_duplicate=False)  # a shared extractor has three names
+        if type(module)._load_from_state_dict is not th.nn.Module._load_from_state_dict or module._load_state_dict_pre_hooks
+    )
+
+
 def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
     """Problems with the state of an optimizer, whose ``load_state_dict`` looks at none of the shapes."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
@@ -64,6 +76,7 @@ def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
     return [
         f"the optimizer's {key} of tensor {index} is {tuple(value.shape)} and should be {tuple(parameter.shape)}"
         for index, parameter in zip(given, own, strict=True)
+        if not is_lazy(parameter)
         for key, value in state["state"].get(index, {}).items()
         if key in _LIKE_PARAMETER and value.shape != parameter.shape
     ]

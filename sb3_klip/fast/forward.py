@@ -12,10 +12,9 @@ from stable_baselines3.common.distributions import CategoricalDistribution, Diag
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
-from torch import nn, tanh
+from torch import nn
 from torch.distributions import Categorical, Distribution, Normal
 from torch.nn import Flatten, Linear, Sequential, Tanh
-from torch.nn.functional import linear
 
 from sb3_klip.fast.observers import hooks_of, reason_in_torch
 from sb3_klip.fast.standing_in import StandIn, is_patched, is_replaced
@@ -95,17 +94,20 @@ class ShortForward(StandIn):
         )
         if not is_known or deterministic or th.is_grad_enabled():
             return type(policy).forward(policy, obs, deterministic)
-        actor = (*networks["policy_net"]._modules.values(), modules["action_net"])
-        critic = (*networks["value_net"]._modules.values(), modules["value_net"])
-        watched = self._is_watched((features, *features._modules.values(), extractor, *networks.values(), *actor, *critic))
+        hidden = [networks[name]._modules.values() for name in ("policy_net", "value_net")]
+        heads = modules["value_net"], modules["action_net"]
+        inner = (*features._modules.values(), extractor, *networks.values(), *hidden[0], *hidden[1])
+        watched = self._is_watched((features, *inner, *heads))
         if watched or is_replaced(extractor, *_EXTRACTOR_METHODS) or is_replaced(action_dist, *_DISTRIBUTION_METHODS):
             return type(policy).forward(policy, obs, deterministic)
         seen = obs.float().flatten(1)
-        latent, values = _through(actor, seen), _through(critic, seen)
+        of_actor, of_critic = _through(hidden[0], seen), _through(hidden[1], seen)
+        values, latent = _through(heads[:1], of_critic), _through(heads[1:], of_actor)
         if kind is DiagGaussianDistribution:
             log_std = policy._parameters.get("log_std")
-            if log_std is None or log_std.dtype != latent.dtype:
-                return type(policy).forward(policy, obs, deterministic)
+            if log_std is None or log_std.dtype != latent.dtype or not latent.is_contiguous():
+                actions, log_prob = action_dist.log_prob_from_params(latent, policy.log_std)
+                return actions.reshape(-1, *policy.action_space.shape), values, log_prob
             std, *others = self.deviation.of(log_std, latent)
             action_dist.distribution = _unchecked(Normal, latent.shape, loc=latent, scale=std)
             drawn, log_prob = _gaussian(latent, *others)
@@ -129,9 +131,9 @@ def _through(layers: Iterable[nn.Module], values: th.Tensor) -> th.Tensor:
     for layer in layers:
         kind = type(layer)
         if kind is Linear and "weight" in (own := layer._parameters) and "bias" in own:  # or one may be a buffer
-            values = linear(values, own["weight"], own["bias"])  # type: ignore[arg-type]
+            values = nn.functional.linear(values, own["weight"], own["bias"])  # type: ignore[arg-type]
         elif kind is Tanh:
-            values = tanh(values)
+            values = th.tanh(values)
         else:
             values = layer(values)
     return values
@@ -147,9 +149,9 @@ class _Deviation:
     def of(self, log_std: th.Tensor, mean: th.Tensor) -> tuple[th.Tensor, np.ndarray, np.ndarray, np.ndarray]:
         """Standard deviation, as tensor and array, twice its square, and its logarithm, each of the shape of the mean."""
         key = (mean.shape, log_std.detach().numpy().tobytes())
-        if key != self.key:
+        # Somebody may have written into the tensor, which the distribution holds.
+        if key != self.key or self.found[0].is_inference() or self.found[0]._version:
             std = th.ones_like(mean) * log_std.exp()
-            # Somebody may write into the tensor, which the distribution holds, but not into its copy.
             self.key, self.found = key, (std, std.numpy().copy(), (2 * std**2).numpy(), std.log().numpy())
         return self.found
 

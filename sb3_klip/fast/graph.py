@@ -16,7 +16,9 @@ eager loss from then on.
 
 import functools
 import math
+import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeAlias
@@ -222,8 +224,7 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
             run = functools.partial(_run, graphs.traced[key], parameters, constants, update.clip_range)
             found = run(rows_of(moved, indices if needs_indices else None), asked)
         except Exception as error:  # whatever torch, or what it traces, may raise
-            first_line = next(iter(str(error).splitlines()), "")
-            graphs.given_up = f"it cannot be traced ({type(error).__name__}: {first_line})"
+            graphs.given_up = _why_not_traced(error)
             return None
         if _same((*found, getattr(asked, "given", {})), eager):
             return lambda rows: run(rows, coefficient)
@@ -236,6 +237,15 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         return None
 
     return compute
+
+
+def _why_not_traced(error: Exception) -> str:
+    """In the words of what was raised; but what the handler of a signal has raised, such as a time limit, goes on."""
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    if any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"it cannot be traced ({type(error).__name__}: {first_line})"
 
 
 def _varied(update: Any, graphs: Graphs) -> Any:

@@ -29,4 +29,6 @@ def reason_in_torch() -> str:
         return "a profiler is at work"
     if th._C._len_torch_function_stack() + th._C._len_torch_dispatch_stack():
         return "a mode of torch's functions is at work"
+    if th._C._get_tracing_state() is not None:
+        return "torch.jit is tracing"
     return ""

@@ -10,6 +10,7 @@ import torch as th
 from torch.optim.adam import adam
 from torch.optim.optimizer import _get_scalar_dtype, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from sb3_klip.fast.observers import reason_in_torch
 from sb3_klip.fast.standing_in import is_patched
 
 #: Takes the loss, or the gradients of all parameters.
@@ -132,16 +133,18 @@ def can_be_one_tensor(optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.
     # A scheduler counts the calls of step, and may have put its own in its place; gradients that are not set to zero add up.
     if vars(optimizer).keys() & {"step", "zero_grad"} or is_patched(type(optimizer), "step", "zero_grad"):
         return False
-    if is_patched(th.nn.utils, "clip_grad_norm_"):
+    if is_patched(th.nn.utils, "clip_grad_norm_") or reason_in_torch():
         return False
     if len(group["params"]) != len(parameters) or any(a is not b for a, b in zip(group["params"], parameters, strict=True)):
         return False
-    plain = all(p.dtype == th.float32 and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
+    # A parameter of another type may have no shape yet.
+    if not all(type(p) is th.nn.Parameter and p.dtype == th.float32 and p.device.type == "cpu" for p in parameters):
+        return False
     states = [optimizer.state.get(p, {}) for p in parameters]
     # All have taken the same number of steps, or none has taken any.
     steps = {float(state["step"]) if state else 0.0 for state in states}
-    is_large = sum(parameter.numel() for parameter in parameters) > _LARGE
-    return plain and not is_large and len(steps) == 1 and not _share_memory(parameters)
+    is_small = sum(p.numel() for p in parameters) <= _LARGE
+    return is_small and len(steps) == 1 and all(p.is_contiguous() for p in parameters) and not _share_memory(parameters)
 
 
 @functools.lru_cache

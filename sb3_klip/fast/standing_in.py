@@ -1,5 +1,6 @@
 """Faster replacements for methods of single objects, during a rollout or an update."""
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ class StandIn:
     method: ClassVar[str]
 
     def __init__(self, owner: Any):
+        functools.update_wrapper(self, getattr(owner, self.method))  # type: ignore[arg-type]
         self.owner = owner
 
     def __reduce__(self) -> Any:
