@@ -118,6 +118,43 @@ def test_an_own_callback_goes_on(tmp_path: Path) -> None:
     assert fresh.note == "second"  # one that it has not
 
 
+class Holds(BaseCallback):
+    """Holds callbacks in a list, and calls them."""
+
+    def __init__(self, held: list[BaseCallback]):
+        super().__init__()
+        self.held = held
+
+    def _init_callback(self) -> None:
+        for each in self.held:
+            each.init_callback(self.model)
+
+    def _on_step(self) -> bool:
+        return all(each.on_step() for each in self.held)
+
+
+def test_callbacks_in_a_list_go_on(tmp_path: Path) -> None:
+    learn_until_killed(model(), 256, [Holds([Remembers()]), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(100)])
+    own = Remembers()
+    resumed(tmp_path / "rl_model_96_steps.zip").learn(
+        256, callback=[Holds([own]), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)]
+    )
+    assert len(own.returns) == 256
+
+
+class BeginsAnew(Remembers):
+    def _on_training_start(self) -> None:
+        self.returns = []
+        self.note = "again"
+
+
+def test_what_a_callback_sets_at_the_start_is_named(tmp_path: Path) -> None:
+    learn_until_killed(model(), 256, [BeginsAnew(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(100)])
+    learner = resumed(tmp_path / "rl_model_96_steps.zip")
+    with pytest.warns(UserWarning, match=r"had restored, so the run may differ: BeginsAnew\.returns$"):
+        learner.learn(256, callback=[BeginsAnew(), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)])
+
+
 def evaluation(folder: Path) -> EvalCallback:
     env = make_vec_env("CartPole-v1", 1, seed=5)
     stop = sb3_callbacks.StopTrainingOnNoModelImprovement(50)

@@ -21,6 +21,7 @@ from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO, ResumableCheckpointCallback
@@ -111,6 +112,83 @@ def test_equals_the_uninterrupted_run(make_env: Callable[[], VecEnv], kwargs: di
         np.testing.assert_array_equal(statistics.returns, expected.returns)
         assert statistics.ret_rms.var == expected.ret_rms.var
     np.testing.assert_array_equal(model._last_obs, reference._last_obs)
+
+
+class Change(BaseCallback):
+    """Changes the model once, at an early step."""
+
+    def __init__(self, change: Callable[[Any], Any]):
+        super().__init__()
+        self.change = change
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == STEPS // 2:
+            self.change(self.model)
+        return True
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "lr_schedule", FloatSchedule(1e-5)),
+        lambda model: setattr(model, "gamma", 0.5),
+        lambda model: model.policy.mlp_extractor.requires_grad_(False),
+    ],
+    ids=["lr_schedule", "gamma", "frozen"],
+)
+def test_what_a_callback_has_changed_stays_changed(change: Callable[[Any], Any], tmp_path: Path) -> None:
+    make_env = make("CartPole-v1", 1)
+    whole = KLipPPO("MlpPolicy", make_env(), **SMALL).learn(6 * STEPS, callback=Change(change))
+    callbacks = [Change(change), ResumableCheckpointCallback(STEPS, str(tmp_path)), Interrupt(200)]
+    with pytest.raises(InterruptError):
+        KLipPPO("MlpPolicy", make_env(), **SMALL).learn(6 * STEPS, callback=callbacks)
+    resumed = KLipPPO.load(checkpoints(tmp_path)[-1], env=make_env(), resume=True)
+    assert_identical(resumed.learn(6 * STEPS, callback=Change(change)), whole)
+
+
+def test_what_the_user_gives_counts(tmp_path: Path) -> None:
+    path = interrupted(make("CartPole-v1", 1), 400, tmp_path)
+    model = KLipPPO.load(path, env=make("CartPole-v1", 1)(), resume=True, learning_rate=0.5, gamma=0.25)
+    assert (model.lr_schedule(1), model.rollout_buffer.gamma, model.rollout_buffer.gae_lambda) == (0.5, 0.25, 0.95)
+
+
+SCRIPT = """
+import enum, sys
+import gymnasium as gym
+from sb3_klip import KLipPPO
+
+class Side(enum.Enum):
+    LEFT = 0
+    RIGHT = 1
+
+class Sides(gym.Wrapper):
+    side = Side.LEFT
+
+    def step(self, action):
+        self.side = Side.RIGHT if self.side == Side.LEFT else Side.LEFT
+        obs, reward, *rest = self.env.step(action)
+        return obs, reward * (self.side is Side.LEFT), *rest
+
+env, kind, path = Sides(gym.make("CartPole-v1")), sys.argv[1], sys.argv[2]
+if kind == "save":
+    model = KLipPPO("MlpPolicy", env, n_steps=33, batch_size=33, seed=0, device="cpu").learn(33)
+    model.save(path, resumable=True)
+else:
+    model = KLipPPO.load(path, env=env, resume=True, device="cpu")
+model.learn(33, reset_num_timesteps=False)
+print(model.policy.state_dict()["value_net.weight"].sum().item())
+"""
+
+
+def test_a_state_of_classes_of_the_script(tmp_path: Path) -> None:
+    """Members of an enumeration, say, are those of the class that the script defines again."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def run(kind: str) -> str:
+        command = [sys.executable, str(tmp_path / "script.py"), kind, str(tmp_path / "model.zip")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert run("save") == run("resume")
 
 
 def test_any_rollout_boundary_will_do(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ _COUNTERS = ("n_calls", "num_timesteps")
 
 def callbacks_of(callback: BaseCallback) -> list[BaseCallback]:
     """
-    A callback and those that it calls, in a fixed order: members of lists, and what event callbacks have as attributes.
+    A callback and those that it calls, in a fixed order: members of lists, and what callbacks have as attributes, or in lists.
 
     :param callback: as ``learn`` uses it
     :return: each of them once
@@ -36,9 +36,11 @@ def callbacks_of(callback: BaseCallback) -> list[BaseCallback]:
     def visit(each: BaseCallback) -> None:
         if id(each) not in found:
             found[id(each)] = each
-            for child in each.callbacks if isinstance(each, CallbackList) else vars(each).values():
-                if isinstance(child, BaseCallback) and child is not each.parent:
-                    visit(child)
+            for value in [each.callbacks] if isinstance(each, CallbackList) else vars(each).values():
+                held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+                for child in held:
+                    if isinstance(child, BaseCallback) and child is not each.parent:
+                        visit(child)
 
     visit(callback)
     return list(found.values())
@@ -158,6 +160,31 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
     if gone := [one["type"] for one in open_ if one["has_learned"]]:
         warnings.warn(
             f"Callbacks of the run that is resumed are missing, and what they remembered is lost: {', '.join(gone)}",
+            stacklevel=6,
+        )
+
+
+def warn_of_beginning_anew(callback: BaseCallback | None, restored: dict[int, dict[str, bytes]]) -> None:
+    """
+    Name what ``_on_training_start`` of callbacks has set after the checkpoint had restored it.
+
+    :param callback: as ``learn`` uses it
+    :param restored: :func:`fingerprints` after :func:`continue_callbacks`
+    """
+    changed = (
+        []
+        if callback is None
+        else [
+            f"{type(each).__name__}.{name}"
+            for each in callbacks_of(callback)
+            for name, value in plain_state(each).items()
+            if name not in _COUNTERS and restored.get(id(each), {}).get(name, _digest(value)) != _digest(value)
+        ]
+    )
+    if changed:
+        warnings.warn(
+            f"_on_training_start of callbacks has set what the checkpoint had restored, so the run may differ: "
+            f"{', '.join(changed)}",
             stacklevel=6,
         )
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,12 @@ class _Pickler(cloudpickle.Pickler):
         super().__init__(file)
         self.positions = {id(layer): position for position, layer in enumerate(layers)}
 
+    def reducer_override(self, obj: Any) -> Any:
+        # By its name, and not by value as cloudpickle would: another class of that name would be equal to nothing of it.
+        if isinstance(obj, type) and getattr(sys.modules.get(obj.__module__), obj.__qualname__, None) is obj:
+            return NotImplemented
+        return super().reducer_override(obj)
+
     def persistent_id(self, obj: Any) -> int | None:
         position = self.positions.get(id(obj))
         if position is None and isinstance(obj, (gym.Env, VecEnv)):
@@ -75,7 +82,13 @@ def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) ->
 
 def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> None:
     """Put everything back into layers."""
-    for layer, state in zip(layers, unpickled(data, all_layers), strict=True):
+    try:
+        states = unpickled(data, all_layers)
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"the state of env cannot be restored: {error}. Define or import it, as the interrupted run did."
+        ) from error
+    for layer, state in zip(layers, states, strict=True):
         vars(layer).update(state)
 
 

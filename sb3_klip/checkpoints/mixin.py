@@ -13,7 +13,7 @@ from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, TensorDict
 
 from sb3_klip.checkpoints.arguments import LoadArguments
-from sb3_klip.checkpoints.callback_state import continue_callbacks, fingerprints
+from sb3_klip.checkpoints.callback_state import continue_callbacks, fingerprints, warn_of_beginning_anew
 from sb3_klip.checkpoints.file import FORMAT, RESUME, Checkpoint
 from sb3_klip.checkpoints.parameters import check_parameters, plain_names
 from sb3_klip.checkpoints.resuming import Boundary, log_again, read_state, restore_state
@@ -67,6 +67,7 @@ class Checkpoints(OnPolicyAlgorithm):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout, as the base class does; a run that is resumed goes on with its random generators here."""
         if self._resuming is not None:
+            warn_of_beginning_anew(self._callback, self._resuming["restored"])
             set_generators(self._resuming["generators"])
             self._resuming = None
         # Before gSDE draws its noise, so that a checkpoint from on_rollout_start draws the same again.
@@ -115,6 +116,7 @@ class Checkpoints(OnPolicyAlgorithm):
         self._callback, self._fingerprints = callback, fingerprints(callback)
         if resuming is not None:
             continue_callbacks(callback, resuming["callbacks"], self.num_timesteps // self.n_envs)
+            resuming["restored"] = fingerprints(callback)
             log_again(self.logger, resuming["logged"])
         return total_timesteps, callback
 
@@ -258,7 +260,7 @@ class Checkpoints(OnPolicyAlgorithm):
                 stacklevel=2,
             )
         if state is not None:
-            model._resuming = restore_state(model, state)
+            model._resuming = restore_state(model, state, {*arguments.given, *arguments.kwargs})
         return model
 
     def set_parameters(self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: Any = "auto") -> None:

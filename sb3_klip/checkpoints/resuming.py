@@ -8,6 +8,7 @@ observations. All of that has one well-defined value between two rollouts, which
 
 import pickle
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -25,6 +26,8 @@ _MODEL_STATE = (
     *("_last_obs", "_last_episode_starts", "_last_original_obs", "_last_lstm_states", "action_space"),
     "_kept_rollouts",
 )
+#: Attributes of the rollout buffer that it has from the model, of a moment in which these may have been others.
+_BUFFER_STATE = ("gamma", "gae_lambda")
 
 
 class Boundary(NamedTuple):
@@ -113,11 +116,23 @@ def read_state(model: Any) -> bytes:
         "versions": conditions(model.device),
         "generators": boundary.generators or read_generators(),
         "model": {name: getattr(model, name) for name in _MODEL_STATE if hasattr(model, name)},
+        # What a callback may have changed, and a model that is loaded has from its constructor.
+        "frozen": [name for name, parameter in model.policy.named_parameters() if not parameter.requires_grad],
+        "buffer": {name: getattr(model.rollout_buffer, name) for name in _BUFFER_STATE if hasattr(model.rollout_buffer, name)},
+        "lr_schedule": _packed(model.lr_schedule),
         "env": EnvState.read(model.env)._asdict(),
         "callbacks": [] if model._callback is None else remembered(model._callback, model._fingerprints),
         "logged": _logged(model._logger),
     }
     return cloudpickle.dumps(state)
+
+
+def _packed(schedule: Any) -> bytes | None:
+    """A schedule; None if it cannot be pickled."""
+    try:
+        return cloudpickle.dumps(schedule)
+    except Exception:  # whatever an object may raise that cannot be pickled
+        return None
 
 
 def _logged(logger: Logger | None) -> dict[str, tuple[Any, int, Any]]:
@@ -140,12 +155,13 @@ def log_again(logger: Logger, logged: dict[str, tuple[Any, int, Any]]) -> None:
         logger.name_to_count[key] = count
 
 
-def restore_state(model: Any, data: bytes) -> dict[str, Any]:
+def restore_state(model: Any, data: bytes, replaced: Collection[str] = ()) -> dict[str, Any]:
     """
     Put back what :func:`read_state` has read.
 
     :param model: the model, loaded with its environments
     :param data: the state
+    :param replaced: names of hyperparameters that the user gives, which stay as they are
     :return: what is put back when learning goes on: the state of the random generators, of callbacks and of the logger
     :raises ValueError: if the environments are not like those of the state
     """
@@ -163,12 +179,20 @@ def restore_state(model: Any, data: bytes) -> dict[str, Any]:
     env = EnvState(**state["env"])
     for name, value in state["model"].items():
         setattr(model, name, _on_device(value, model.device))
+    # Older checkpoints do not have all of it.
+    for name, parameter in model.policy.named_parameters():
+        if name in state.get("frozen", ()):
+            parameter.requires_grad_(False)
+    for name, value in state.get("buffer", {}).items():
+        if name not in replaced:
+            setattr(model.rollout_buffer, name, value)
+    if "learning_rate" not in replaced and (schedule := state.get("lr_schedule")) is not None:
+        model.lr_schedule = unpickled(schedule)
     if not env.restore(model.env):
         warnings.warn(
             f"The run goes on at the start of an episode, and not exactly where it was, as {env.problem}.", stacklevel=4
         )
         model._last_obs = None  # makes learn() reset the environments
-    # Older checkpoints do not have all of it.
     return {"generators": state["generators"], "callbacks": state.get("callbacks", []), "logged": state.get("logged", {})}
 
 
