@@ -8,11 +8,12 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import assert_identical
 from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_klip import CSVLogCallback, KLipPPO, ResumableCheckpointCallback
 from sb3_klip.checkpoints.callback_state import callbacks_of
@@ -140,6 +141,65 @@ def test_callbacks_in_a_list_go_on(tmp_path: Path) -> None:
         256, callback=[Holds([own]), ResumableCheckpointCallback(32, str(tmp_path)), KillAt(-1)]
     )
     assert len(own.returns) == 256
+
+
+class Level(gym.Wrapper):
+    """Gives a larger reward at each level."""
+
+    def __init__(self, env: gym.Env, shared: Any):
+        super().__init__(env)
+        self.shared = shared
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = self.env.step(action)
+        return obs, float(reward) * self.shared["level"], *rest
+
+
+class NextLevel(BaseCallback):
+    def __init__(self, shared: Any):
+        super().__init__()
+        self.shared = shared
+
+    def _on_rollout_start(self) -> None:
+        self.shared["level"] += 1
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Levels(dict):
+    """No plain data, and an argument of the constructor."""
+
+
+class CountsLevels(VecEnvWrapper):
+    def __init__(self, venv: VecEnv, shared: Any):
+        super().__init__(venv)
+        self.levels = [shared]
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        self.levels[0]["level"] += 0.5
+        return self.venv.step_wait()
+
+
+@pytest.mark.parametrize("kind", [dict, Levels])
+def test_what_callbacks_and_environments_share_stays_shared(kind: Any, tmp_path: Path) -> None:
+    def environments(shared: Any) -> VecEnv:
+        return CountsLevels(DummyVecEnv([lambda: Level(gym.make("CartPole-v1"), shared)]), shared)
+
+    def learn(learner: KLipPPO, shared: Any, folder: Path, kill_at: int) -> None:
+        learner.learn(256, callback=[NextLevel(shared), ResumableCheckpointCallback(32, str(folder)), KillAt(kill_at)])
+
+    whole, cut, again = (kind(level=1) for _ in range(3))
+    learner = KLipPPO("MlpPolicy", environments(whole), **SMALL)
+    learn(learner, whole, tmp_path / "whole", -1)
+    with pytest.raises(Killed):
+        learn(KLipPPO("MlpPolicy", environments(cut), **SMALL), cut, tmp_path, 100)
+    goes_on = KLipPPO.load(tmp_path / "rl_model_96_steps.zip", env=environments(again), resume=True)
+    learn(goes_on, again, tmp_path, -1)
+    assert_identical(goes_on, learner)
 
 
 class BeginsAnew(Remembers):

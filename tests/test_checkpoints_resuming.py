@@ -171,11 +171,11 @@ class Sides(gym.Wrapper):
 
 env, kind, path = Sides(gym.make("CartPole-v1")), sys.argv[1], sys.argv[2]
 if kind == "save":
-    model = KLipPPO("MlpPolicy", env, n_steps=33, batch_size=33, seed=0, device="cpu").learn(33)
+    model = KLipPPO("MlpPolicy", env, n_steps=32, batch_size=32, seed=0, device="cpu").learn(32)
     model.save(path, resumable=True)
 else:
     model = KLipPPO.load(path, env=env, resume=True, device="cpu")
-model.learn(33, reset_num_timesteps=False)
+model.learn(32, reset_num_timesteps=False)
 print(model.policy.state_dict()["value_net.weight"].sum().item())
 """
 

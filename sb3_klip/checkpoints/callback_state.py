@@ -1,5 +1,6 @@
 """The state of callbacks, which a resumed run restores: best returns so far, evaluations, counters."""
 
+import contextlib
 import hashlib
 import inspect
 import pathlib
@@ -14,7 +15,7 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_klip.checkpoints.env_state import EnvState
+from sb3_klip.checkpoints.env_state import EnvState, at, held_by
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, pathlib.PurePath, np.generic, np.ndarray, th.Tensor)
 #: What a callback is given anew by each call of ``learn``.
@@ -101,19 +102,23 @@ def remembered(callback: BaseCallback, before: dict[int, dict[str, bytes]]) -> l
     :param callback: as ``learn`` uses it
     :param before: :func:`fingerprints` when ``learn`` began
     :return: for each of :func:`callbacks_of`, its type, what it remembers, whether it has learned anything since ``learn``
-        began, names of attributes that cannot be kept, and the state of environments that it holds
+        began, names of attributes that cannot be kept, the state of environments that it holds, and where the environments of
+        training hold the same object as it does
     """
     kept = []
+    held = {} if callback.model is None or callback.model.env is None else held_by(callback.model.env)
     for each in callbacks_of(callback):
         given, state = inspect.signature(type(each)).parameters, plain_state(each)
         initial = before.get(id(each), {})
         changed = {name for name, value in state.items() if _digest(value) != initial.get(name)}
         state = {name: value for name, value in state.items() if name not in given or name in changed}
-        left = [name for name, value in vars(each).items() if name not in _GIVEN and name not in given and _is_lost(value)]
+        shared = {name: held[id(value)] for name, value in vars(each).items() if name not in _GIVEN and id(value) in held}
+        own = {name: value for name, value in vars(each).items() if name not in _GIVEN and name not in shared}
+        left = [name for name, value in own.items() if name not in given and _is_lost(value)]
         has_learned = any(name not in _COUNTERS and not name.startswith("_") for name in changed)
         envs = {name: EnvState.read(env)._asdict() for name, env in _own_environments(each).items()}
         of_each = {"type": type(each).__qualname__, "state": state, "has_learned": has_learned, "left": left, "envs": envs}
-        kept.append(of_each)
+        kept.append({**of_each, "shared": shared})
     return kept
 
 
@@ -150,6 +155,9 @@ def continue_callbacks(callback: BaseCallback, kept: list[dict[str, Any]], calls
             vars(each).update(own["state"])
             lost += [f"{own['type']}.{name}" for name in own["left"]]
             _continue_environments(each, own.get("envs", {}))
+            for name, place in own.get("shared", {}).items():
+                with contextlib.suppress(KeyError):  # environments that could not be restored
+                    vars(each)[name] = at(each.training_env, place)
         elif each.n_calls == 0:
             each.n_calls = calls
     if lost:

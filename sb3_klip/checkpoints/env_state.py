@@ -3,8 +3,9 @@
 import io
 import pickle
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, NamedTuple, TypeAlias
 
 import cloudpickle
 import gymnasium as gym
@@ -15,6 +16,13 @@ from sb3_klip.checkpoints.unpickling import load_tensor
 
 #: Attributes of environments and wrappers that are not state: files to write to, and what classes have anyhow.
 _NOT_STATE = {"results_writer", "class_attributes"}
+#: What cannot be changed, is a layer itself, or belongs to each.
+_NOT_SHARED = (
+    *(type(None), bool, int, float, complex, str, bytes, tuple, frozenset, np.generic, type),
+    *(FunctionType, BuiltinFunctionType, MethodType, ModuleType, gym.Space, gym.Env, VecEnv),
+)
+#: The position of a layer, and the name of its attribute.
+Place: TypeAlias = tuple[int, str]
 
 
 def _layers(env: VecEnv) -> tuple[list[Any], list[Any]]:
@@ -35,12 +43,46 @@ def _layers(env: VecEnv) -> tuple[list[Any], list[Any]]:
     return wrappers, inner
 
 
-class _Pickler(cloudpickle.Pickler):
-    """Pickles what layers hold, but not layers."""
+def _attributes(layers: Sequence[Any], first: int = 0) -> dict[int, Place]:
+    """Where layers from a position on hold an object that others may hold, too, and change; by its id."""
+    return {
+        id(value): (position, name)
+        for position, layer in enumerate(layers[first:], first)
+        for name, value in vars(layer).items()
+        if not isinstance(value, _NOT_SHARED)
+    }
 
-    def __init__(self, file: io.BytesIO, layers: Sequence[Any]) -> None:
+
+def held_by(env: VecEnv) -> dict[int, Place]:
+    """
+    The objects that environments and their wrappers hold in attributes, and that others may hold, too, and change.
+
+    :param env: the environments
+    :return: by its id, where each is, as :func:`at` takes it
+    """
+    wrappers, inner = _layers(env)
+    return _attributes([*wrappers, *inner])
+
+
+def at(env: VecEnv, place: Place) -> Any:
+    """
+    What environments or their wrappers hold at a place.
+
+    :param env: the environments
+    :param place: as from :func:`held_by`
+    :raises KeyError: if there is no such attribute
+    """
+    wrappers, inner = _layers(env)
+    position, name = place
+    return vars([*wrappers, *inner][position])[name]
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Pickles what layers hold, but not layers, and not what others hold."""
+
+    def __init__(self, file: io.BytesIO, layers: Sequence[Any], elsewhere: Mapping[int, Place]) -> None:
         super().__init__(file)
-        self.positions = {id(layer): position for position, layer in enumerate(layers)}
+        self.positions: dict[int, Any] = {**elsewhere, **{id(layer): number for number, layer in enumerate(layers)}}
 
     def reducer_override(self, obj: Any) -> Any:
         # By its name, and not by value as cloudpickle would: another class of that name would be equal to nothing of it.
@@ -48,7 +90,7 @@ class _Pickler(cloudpickle.Pickler):
             return NotImplemented
         return super().reducer_override(obj)
 
-    def persistent_id(self, obj: Any) -> int | None:
+    def persistent_id(self, obj: Any) -> int | Place | None:
         position = self.positions.get(id(obj))
         if position is None and isinstance(obj, (gym.Env, VecEnv)):
             # Its pickle may well be a recipe to make a new one.
@@ -62,19 +104,25 @@ class _Unpickler(pickle.Unpickler):
         self.layers = layers
 
     def persistent_load(self, pid: Any) -> Any:
-        return self.layers[pid]
+        return self.layers[pid] if isinstance(pid, int) else vars(self.layers[pid[0]])[pid[1]]
 
     def find_class(self, module: str, name: str) -> Any:
         # Tensors of a GPU come to the CPU, as there may be no GPU.
         return load_tensor if (module, name) == ("torch.storage", "_load_from_bytes") else super().find_class(module, name)
 
 
-def _try_to_pack(layers: Sequence[Any], all_layers: Sequence[Any], name: str) -> tuple[bytes | None, str]:
-    """Everything that layers hold, in one pickle, so that what they share stays shared; or else why it cannot be read."""
+def _try_to_pack(
+    layers: Sequence[Any], all_layers: Sequence[Any], name: str, elsewhere: Mapping[int, Place] = MappingProxyType({})
+) -> tuple[bytes | None, str]:
+    """
+    Everything that layers hold, in one pickle, so that what they share stays shared; or else why it cannot be read.
+
+    What others hold, elsewhere, is named by its place.
+    """
     file = io.BytesIO()
     try:
         states = [{name: value for name, value in vars(layer).items() if name not in _NOT_STATE} for layer in layers]
-        _Pickler(file, all_layers).dump(states)
+        _Pickler(file, all_layers, elsewhere).dump(states)
     except Exception as error:  # whatever an object may raise that cannot be pickled
         return None, f"the state of {name} cannot be read ({type(error).__name__}: {error})"
     return file.getvalue(), ""
@@ -84,7 +132,7 @@ def _unpack(data: bytes, layers: Sequence[Any], all_layers: Sequence[Any]) -> No
     """Put everything back into layers."""
     try:
         states = unpickled(data, all_layers)
-    except (AttributeError, ImportError) as error:
+    except (AttributeError, ImportError, KeyError) as error:
         raise ValueError(
             f"the state of env cannot be restored: {error}. Define or import it, as the interrupted run did."
         ) from error
@@ -137,8 +185,9 @@ class EnvState(NamedTuple):
         base, layers = inner[0], [*wrappers, *inner]
         # The environments together, as they may share things; each wrapper by itself, so that one that cannot be read does not
         # cost the statistics of another.
-        read = [_try_to_pack([wrapper], layers, type(wrapper).__name__) for wrapper in wrappers]
         episodes, problem = _try_to_pack(inner, layers, str(inner[-1]))
+        elsewhere = {} if problem else _attributes(layers, len(wrappers))
+        read = [_try_to_pack([wrapper], layers, type(wrapper).__name__, elsewhere) for wrapper in wrappers]
         if not isinstance(base, DummyVecEnv):
             problem = f"the environments of a {type(base).__name__} are not in this process"
         problem = next((wrong for _, wrong in read if wrong), problem)
@@ -162,6 +211,8 @@ class EnvState(NamedTuple):
                 "env must be made in the same way as that of the run to resume, with the same wrappers and as many "
                 f"environments: it is {' > '.join(_names(layers))}, and was {' > '.join(self.layers)}"
             )
+        if self.episodes is not None:
+            _unpack(self.episodes, inner, layers)
         for wrapper, state in zip(wrappers, self.wrappers, strict=True):
             if state is not None:
                 _unpack(state, [wrapper], layers)
@@ -170,5 +221,4 @@ class EnvState(NamedTuple):
             for each, generator in zip(getattr(base, "envs", ()), self.generators, strict=False):
                 each.unwrapped.np_random = generator
             return False
-        _unpack(self.episodes, inner, layers)
         return True
