@@ -589,6 +589,23 @@ def test_a_run_is_not_resumed_on_another_environment(checkpoints, tmp_path):
     assert files(tmp_path) == set()
 
 
+def test_a_run_is_not_resumed_with_other_arguments_of_the_environment(checkpoints, tmp_path):
+    agent = checkpoints / "logs" / "klip_ppo" / "Hopper-v4_1" / "rl_model_128_steps.zip"
+    command = ("--env", "Hopper-v4", *SILENT, "-i", agent, "--env-kwargs", "ctrl_cost_weight:9.0", "-params", "resume:True")
+    with pytest.raises(ValueError, match=r"had --env-kwargs=None, so --env-kwargs=\{'ctrl_cost_weight': 9.0\} cannot be set"):
+        train_here(*command, cwd=tmp_path)
+    assert files(tmp_path) == set()
+
+
+def test_a_run_in_processes_is_resumed_in_processes(tmp_path):
+    common = ("--env", "CartPole-v1", "--num-threads", 1, *SILENT, "-n", 192)
+    with pytest.warns(UserWarning, match="are not in this process"):
+        train_here(*common, "--vec-env", "subproc", "--save-freq", 64, "--seed", 0, "-params", *SMALL_UPDATE, cwd=tmp_path)
+    agent = "logs/klip_ppo/CartPole-v1_1/rl_model_64_steps.zip"
+    with pytest.warns(UserWarning, match="at the start of an episode, .* of a SubprocVecEnv are not in this process"):
+        train_here(*common, "-i", agent, "-f", "resumed", "-params", "resume:True", cwd=tmp_path)
+
+
 @pytest.fixture(scope="module")
 def resumed_twice(tmp_path_factory) -> list[str]:
     """What three runs printed: one with an argument of the environment, and two that each resume the one before."""

@@ -104,6 +104,30 @@ def test_the_commands_run_as_they_are_printed(logs, algo):
     assert {path.name for path in logs.iterdir()} == {"logs"}  # which git ignores
 
 
+PACKAGE = """
+import gymnasium as gym
+
+gym.register("OfAPackage-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=50)
+"""
+
+
+def test_an_environment_of_the_users_own(tmp_path, capsys):
+    (tmp_path / "own_package.py").write_text(PACKAGE)
+    (tmp_path / "own.yml").write_text("OfAPackage-v0: {policy: MlpPolicy, n_timesteps: 64, n_steps: 32, batch_size: 32}")
+    options = ["--env", "OfAPackage-v0", "-f", str(tmp_path / "logs")]
+    own = ["--gym-packages", "own_package", "-conf", "own.yml", "--eval-freq", "-1"]
+    python("-m", "rl_zoo3.train", "--algo", "klip_ppo", *options, *own, cwd=tmp_path)
+    said = python("-m", "sb3_klip.zoo.evaluate", *options, cwd=tmp_path).stdout
+    assert "last agent:" in said
+    assert "--gym-packages own_package" in said
+    assert "film:" not in said
+    (tmp_path / "own_package.py").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    assert "'own_package', which the training had as --gym-packages, cannot be imported" in capsys.readouterr().err
+
+
 def test_what_needs_mujoco_is_drawn_without_a_display(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(Run, "tensorboard_log", lambda run: None)

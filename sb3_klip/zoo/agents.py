@@ -10,7 +10,7 @@ from rl_zoo3.utils import ALGOS, get_latest_run_id
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_klip.callbacks import ResumableCheckpointCallback
 from sb3_klip.checkpoints.file import Checkpoint
@@ -30,10 +30,11 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
     """
     The hyperparameters of the run to resume, if the user asks to resume one.
 
-    :param manager: RL Zoo's manager; its seed, number of steps and environment arguments are set to those of the run
+    :param manager: RL Zoo's manager; its seed, number of steps, kind of vectorized environments and arguments of environments
+        are set to those of the run
     :param hyperparams: hyperparameters that RL Zoo has read, also from the command line; ``resume`` is removed
     :return: the hyperparameters of the interrupted run; None if no run is to be resumed
-    :raises ValueError: if there is no checkpoint to resume from, or if other hyperparameters are given
+    :raises ValueError: if there is no checkpoint to resume from, or if other hyperparameters or environments are given
     """
     manager.resume = resume = hyperparams.pop(RESUME, False)  # type: ignore[attr-defined]
     if not isinstance(resume, bool):
@@ -58,8 +59,16 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
         raise ValueError(f"{checkpoint.name} is of a run on {env_id}, which cannot be resumed on {manager.env_name.gym_id}")
     # They are written to the args.yml of this run, so that it can be resumed in turn.
     manager.seed = manager.args.seed = arguments.get("seed", manager.seed)
-    manager.env_kwargs = manager.args.env_kwargs = manager.env_kwargs or arguments.get("env_kwargs") or {}
+    env_kwargs = arguments.get("env_kwargs") or {}
+    if manager.env_kwargs and manager.env_kwargs != env_kwargs:
+        raise ValueError(
+            f"resume:True takes the environment of the interrupted run, which had --env-kwargs={env_kwargs or None}, so "
+            f"--env-kwargs={manager.env_kwargs} cannot be set"
+        )
+    manager.env_kwargs = manager.args.env_kwargs = env_kwargs
     manager.eval_env_kwargs = arguments.get("eval_env_kwargs") or manager.env_kwargs
+    manager.args.vec_env = arguments.get("vec_env", "dummy")
+    manager.vec_env_class = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[manager.args.vec_env]
     if manager.n_timesteps <= 0:
         manager.n_timesteps = checkpoint.data["_total_timesteps"]
     return resumed

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import io
 import shlex
 import shutil
@@ -59,6 +60,10 @@ class Run(NamedTuple):
         runs = [cls(folder, algo, env, each) for each in range(number, 0, -1)]
         return next((run for run in runs if run.agents), cls(folder, algo, env, number))
 
+    def packages(self) -> list[str]:
+        """The modules that register its environment."""
+        return self.arguments().get("gym_packages") or []
+
     def tensorboard_log(self) -> Path | None:
         """The newest log for TensorBoard of a run on this environment, if any was written."""
         folder = self.arguments().get("tensorboard_log")
@@ -96,6 +101,7 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     """
     folder = shlex.quote(str(run.folder))
     agent = f"--algo {run.algo} --env {run.env.gym_id} -f {folder}{' --load-best' if best else ''}"
+    packages = f" --gym-packages {' '.join(run.packages())}" if run.packages() else ""
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
     drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
     log = run.tensorboard_log() if run.algo in ALGORITHMS else None
@@ -103,11 +109,9 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
         plot = f"sb3_klip.plot distribution {shlex.quote(str(log))} -o {shlex.quote(str(run.path))}"
     else:
         plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {folder}"
-    return {
-        "watch": f"{_python()} -m rl_zoo3.enjoy {agent}",
-        "film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}",
-        "plot": f"{_python()} -m {plot}",
-    }
+    # The zoo's record_video takes no packages, so it knows no environment of the user's own.
+    film = {} if packages else {"film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}"}
+    return {"watch": f"{_python()} -m rl_zoo3.enjoy {agent}{packages}", **film, "plot": f"{_python()} -m {plot}"}
 
 
 def _python() -> str:
@@ -149,6 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}. Finished runs: "
             f"{', '.join(finished) or 'none'}.{did_you_mean(args.env, finished)}"
         )
+    for package in run.packages():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            parser.error(f"--env: {package!r}, which the training had as --gym-packages, cannot be imported: {error}")
     print(f"Return over {EPISODES} episodes, mean +/- standard deviation:")
     returns = {label: evaluated_return(run, file, args.seed) for label, file in agents.items()}
     for label, (mean, std) in returns.items():
