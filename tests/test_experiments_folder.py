@@ -18,16 +18,17 @@ from sb3_klip.experiments.suite import Suite, read_suite
 
 def test_hyperparameters_that_are_no_plain_data(tmp_path, monkeypatch):
     """As a module may have them; a folder is gone on with, and a change is noticed."""
-    module = "from torch import nn\nhyperparams = {'default': {'n_timesteps': 9, 'activation': nn.ReLU, 'rate': lambda x: x}}"
+    module = "from torch import nn\n"
+    module += "hyperparams = {'default': {'n_timesteps': 9, 'env_wrapper': nn.ReLU, 'rollout_buffer_class': lambda x: x}}"
     (tmp_path / "own_tuned.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
     path = write_suite(tmp_path, hyperparams="own_tuned", methods={"step": {}})
     open_folder(tmp_path / "out", read_suite(path), 1)
     sys.modules.pop("own_tuned")
     open_folder(tmp_path / "out", read_suite(path), 1)
-    sys.modules.pop("own_tuned").hyperparams["default"]["activation"] = None
+    sys.modules.pop("own_tuned").hyperparams["default"]["env_wrapper"] = None
     (tmp_path / "own_tuned.py").write_text(module.replace("ReLU", "Tanh  "))
-    with pytest.raises(ValueError, match="activation: 'ReLU' there, 'Tanh' here"):
+    with pytest.raises(ValueError, match="env_wrapper: 'ReLU' there, 'Tanh' here"):
         open_folder(tmp_path / "out", read_suite(path), 1)
     sys.modules.pop("own_tuned")
 

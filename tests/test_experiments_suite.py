@@ -186,6 +186,16 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a: {compile: maybe}}", "method 'a': compile must be True, False or a dict"),
         ("{a: {policy: MlpPolcy}}", "method 'a': policy='MlpPolcy' must be one of MlpPolicy, CnnPolicy"),
         ("{a: {n_steps: 2026-01-01}}", "method 'a': "),
+        ("{a: {ent_coef: 1e-3}}", "method 'a': ent_coef='1e-3' must be a number, as 1.0e-3 (for YAML, 1e-3 is a text)"),
+        ("{a: {target_kl: '1e-2'}}", "method 'a': target_kl='1e-2' must be a number"),
+        ("{a: {batch_size: 0}}", "method 'a': batch_size=0 must be a whole number above 0"),
+        ("{a: {n_steps: 64.0}}", "method 'a': n_steps=64.0 must be a whole number above 0"),
+        ("{a: {n_envs: '4'}}", "method 'a': n_envs='4' must be a whole number above 0"),
+        ("{a: {gamma: true}}", "method 'a': gamma=True must be a number"),
+        ("{a: {}, a: {beta: none}}", "is not YAML: the key 'a' is there twice"),
+        ('{"a\\nb": {}}', "method 'a\\nb' names a folder, so it must have"),
+        ("{a$b$: {}}", "method 'a$b$' names a folder, so it must have"),
+        (f"{{{'a' * 101}: {{}}}}", "so it must have 1 to 100 characters"),
     ],
 )
 def test_wrong_methods(refused, tmp_path, methods, message):
@@ -243,6 +253,14 @@ def test_suites_that_are_not_there(refused, tmp_path, name, message):
         ("tuned.yml", "default: {n_timesteps: long}", "n_timesteps"),
         ("tuned.yml", "default: {n_timesteps: -5}", "no n_timesteps above 0 for 'CartPole-v1'"),
         ("tuned.yml", "default: {n_timesteps: 9, clip_range: 2e-1}", "tuned.yml, 'CartPole-v1': clip_range='2e-1' must be"),
+        ("tuned.yml", "default: {n_timesteps: 9, beta: stpe}", "tuned.yml, 'CartPole-v1': ppo has no hyperparameter 'beta'"),
+        (
+            "tuned.yml",
+            "default: {n_timesteps: 9, beta_kwargs: {widht: 1}}",
+            "tuned.yml, 'CartPole-v1': coefficient 'step' has no parameter 'widht'",
+        ),
+        ("tuned.yml", "default: {n_timesteps: 9, learnin_rate: 1.0}", "no hyperparameter 'learnin_rate'. Did you mean"),
+        ("tuned.yml", "default: {n_timesteps: 9, n_envs: '2'}", "tuned.yml, 'CartPole-v1': n_envs='2' must be"),
         ("tuned.yml", "{}", "must be a mapping of environments, not {}"),
         (
             "tuned.yml",

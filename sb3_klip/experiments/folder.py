@@ -89,6 +89,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if missing := {"suite", "versions", "definition"} - {*manifest}:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not isinstance(manifest["definition"], dict) or not manifest["definition"]:
+            raise ValueError("it defines no cell")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
     return manifest

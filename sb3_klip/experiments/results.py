@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from sb3_klip.diagnostics import PERCENTILES
 from sb3_klip.files import write_atomically
@@ -115,8 +116,11 @@ def read_result(path: Path) -> Result:
     try:
         first, _, rest = path.read_text().partition("\n")
         result = Result(json.loads(first.removeprefix("#")), pd.read_csv(io.StringIO(rest)))
-        if "episodes_sha256" not in result.about or len(result.curve) != POINTS:
+        is_whole = len(result.curve) == POINTS and {"timesteps", "episodes", "return"} <= {*result.curve}
+        if "episodes_sha256" not in result.about or not is_whole:
             raise ValueError("a part is missing")
-    except (ValueError, TypeError) as error:
+        if not all(map(is_numeric_dtype, result.curve.dtypes)):
+            raise ValueError("its curve holds more than numbers")
+    except (ValueError, TypeError, OSError) as error:
         raise ValueError(f"{path} is not the result of a cell: {error}") from error
     return result

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.resources
+import inspect
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ import gymnasium as gym
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.arguments import SCHEDULES
@@ -29,8 +31,12 @@ ALGO = "klip_ppo"
 #: Seeds are below this: NumPy's generators take no others, and RL Zoo takes a negative one for "any".
 SEEDS = 2**32
 SEEDS_TEXT = "a list of whole numbers from 0 to 2**32 - 1, each once"
-#: What the name of a folder cannot have, here or on Windows.
-NOT_IN_FOLDERS = '/\\:*?"<>|'
+#: What the name of a folder cannot have, here or on Windows, or the label of a figure.
+NOT_IN_FOLDERS = '/\\:*?"<>|$'
+#: Whole numbers that are 1 or more.
+SIZES = ("n_envs", "n_steps", "batch_size")
+#: What is checked elsewhere.
+CHECKED = {*SCHEDULES, "n_epochs", "reuse"}
 #: What an experiment is given.
 TAKEN = {"callback", "n_timesteps"}
 
@@ -59,6 +65,18 @@ def included() -> list[str]:
     return sorted(path.name[:-4] for path in importlib.resources.files(__package__).joinpath("suites").iterdir())
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain data; a key that is there twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [
+            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
+        ]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_suite(name: str) -> Suite:
     """
     Read a suite and check it completely.
@@ -77,7 +95,7 @@ def read_suite(name: str) -> Suite:
         known = ", ".join(included())
         raise ValueError(f"--suite={name!r} is none of {known}, and no YAML file.{did_you_mean(name, included())}")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"the suite {name} is not YAML: {error}") from error
     register()
@@ -90,6 +108,8 @@ def read_suite(name: str) -> Suite:
             mistakes += _check_method(method, settings)
         if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
             mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
+        if not mistakes:
+            mistakes = _check_protocol(protocol, content)
     if mistakes:
         raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return _made(Path(name).stem, content, protocol, conf)
@@ -185,8 +205,6 @@ def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     entry = protocol.get(task, protocol.get(_default(task)))
     if not isinstance(entry, dict):
         return [f"{conf} has no entry for {task!r}, and none for {_default(task)!r}"]
-    if mistakes := _check_schedules(entry):
-        return [f"{conf}, {task!r}: {mistake}" for mistake in mistakes]
     if "callback" in entry:
         return [f"{conf} has a callback for {task!r}, and an experiment is given its own"]
     try:
@@ -203,8 +221,16 @@ def _check_method(method: Any, settings: Any) -> list[str]:
         return [f"method {method!r} must be a text; put it in quotes"]
     if not isinstance(settings, dict):
         return [f"method {method!r} must be a mapping of hyperparameters, not {settings!r}"]
-    if set(method) & set(NOT_IN_FOLDERS) or method.strip(". ") != method or not method:
-        return [f"method {method!r} names a folder, so it may have none of {NOT_IN_FOLDERS}, nor a dot or blank at an end"]
+    if (
+        set(method) & set(NOT_IN_FOLDERS)
+        or method.strip(". ") != method
+        or not 1 <= len(method) <= 100
+        or not method.isprintable()
+    ):
+        return [
+            f"method {method!r} names a folder, so it must have 1 to 100 characters, none of {NOT_IN_FOLDERS} or line breaks, "
+            "and no dot or blank at an end"
+        ]
     if "=" in method and not _is_positive(method.partition("=")[2]):
         return [f"method {method!r}: the text after '=' is the value of a parameter, so it must be a number above 0"]
     if "@" in method and not _is_rate(method.partition("@")[2], settings.get("learning_rate")):
@@ -213,25 +239,60 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     algo = settings.get("algo", ALGO)
     if not isinstance(algo, str) or algo not in ALGOS:
         return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
-    known = hyperparameters(ALGOS[algo]) - TAKEN
-    unknown = [key for key in settings if key not in known and key != "algo"]
-    mistakes = [f"method {method!r}: {algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
-    mistakes += [f"method {method!r}: {mistake}" for mistake in _check_schedules(settings)]
+    own = {key: value for key, value in settings.items() if key != "algo"}
+    mistakes = _check_hyperparameters(algo, own, hyperparameters(ALGOS[algo]) - TAKEN)
     try:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
-        mistakes.append(f"method {method!r}: {error}")
+        mistakes.append(str(error))
+    return [f"method {method!r}: {mistake}" for mistake in mistakes]
+
+
+def _check_protocol(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
+    """What is wrong with hyperparameters of the protocol, as the methods use them."""
+    mistakes = []
+    for task in content["tasks"]:
+        entry = protocol.get(task, protocol.get(_default(task), {}))
+        for settings in content["methods"].values():
+            algo = settings.get("algo", ALGO)
+            own = {key: value for key, value in settings.items() if key != "algo"}
+            wrong = _check_hyperparameters(algo, {**entry, **own}, hyperparameters(ALGOS[algo]))
+            mistakes += [f"{content['hyperparams']}, {task!r}: {mistake}" for mistake in wrong]
+    return list(dict.fromkeys(mistakes))
+
+
+def _check_hyperparameters(algo: str, settings: Mapping[str, Any], known: set[str]) -> list[str]:
+    """What an algorithm would refuse, or fail on later."""
+    unknown = [key for key in settings if key not in known]
+    mistakes = [f"{algo} has no hyperparameter {key!r}.{did_you_mean(key, known)}" for key in unknown]
+    mistakes += [*_check_schedules(settings), *_check_numbers(algo, settings)]
     if isinstance(policy := settings.get("policy"), str) and "." not in policy:
         policies = ALGOS[algo].policy_aliases
         if policy not in policies:
             hint = did_you_mean(policy, policies)
-            mistakes.append(f"method {method!r}: policy={policy!r} must be one of {', '.join(policies)}.{hint}")
+            mistakes.append(f"policy={policy!r} must be one of {', '.join(policies)}.{hint}")
     if algo in ALGORITHMS:
         try:
             make_beta(settings.get("beta", "step"), settings.get("beta_kwargs"))
             check_arguments(settings)
         except (ValueError, TypeError) as error:
-            mistakes.append(f"method {method!r}: {error}")
+            mistakes.append(str(error))
+    return mistakes
+
+
+def _check_numbers(algo: str, settings: Mapping[str, Any]) -> list[str]:
+    """Numbers that are none, as ``1e-3`` in YAML, and sizes of which there must be one at least."""
+    mistakes = []
+    arguments = inspect.signature(ALGOS[algo]).parameters if issubclass(ALGOS[algo], OnPolicyAlgorithm) else {}
+    defaults: dict[str, Any] = {name: argument.default for name, argument in arguments.items() if name not in CHECKED}
+    if settings.get("target_kl") is not None:
+        defaults["target_kl"] = 0.1
+    for name, value in settings.items():
+        default = 1 if name == "n_envs" else defaults.get(name)
+        if type(default) is int and (type(value) is not int or (name in SIZES and value < 1)):
+            mistakes.append(f"{name}={value!r} must be a whole number{' above 0' if name in SIZES else ''}")
+        elif type(default) is float and type(value) not in (int, float):
+            mistakes.append(f"{name}={value!r} must be a number, as 1.0e-3 (for YAML, 1e-3 is a text)")
     return mistakes
 
 
