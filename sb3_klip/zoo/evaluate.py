@@ -101,7 +101,8 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     """
     folder = shlex.quote(str(run.folder))
     agent = f"--algo {run.algo} --env {run.env.gym_id} -f {folder}{' --load-best' if best else ''}"
-    packages = f" --gym-packages {' '.join(run.packages())}" if run.packages() else ""
+    packages = "".join(f" {package}" for package in run.packages())
+    packages = f" --gym-packages{packages}" if packages else ""
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
     drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
     log = run.tensorboard_log() if run.algo in ALGORITHMS else None
