@@ -158,7 +158,7 @@ def test_written_and_read(tmp_path, result):
         pytest.param(lambda content: content.replace(b"# {", b"# [3]\n{"), id="something else"),
         pytest.param(lambda content: b"\xff\xfe" + content, id="bytes"),
         pytest.param(lambda content: bytes(len(content)), id="zeros"),
-        pytest.param(lambda content: content.replace(b",return", b",retrun"), id="without a column"),
+        pytest.param(lambda content: content.replace(b",return", b",gone"), id="without a column"),
         pytest.param(lambda content: content.replace(b"\n", b"\nx", 2), id="text in the curve"),
     ],
 )

@@ -179,16 +179,12 @@ def warn_of_beginning_anew(callback: BaseCallback | None, restored: dict[int, di
     :param callback: as ``learn`` uses it
     :param restored: :func:`fingerprints` after :func:`continue_callbacks`
     """
-    changed = (
-        []
-        if callback is None
-        else [
-            f"{type(each).__name__}.{name}"
-            for each in callbacks_of(callback)
-            for name, value in plain_state(each).items()
-            if name not in _COUNTERS and restored.get(id(each), {}).get(name, _digest(value)) != _digest(value)
-        ]
-    )
+    changed = [
+        f"{type(each).__name__}.{name}"
+        for each in ([] if callback is None else callbacks_of(callback))
+        for name, digest in restored.get(id(each), {}).items()
+        if name not in _COUNTERS and _digest(vars(each).get(name)) != digest
+    ]
     if changed:
         warnings.warn(
             f"_on_training_start of callbacks has set what the checkpoint had restored, so the run may differ: "

@@ -180,9 +180,9 @@ def restore_state(model: Any, data: bytes, replaced: Collection[str] = ()) -> di
     for name, value in state["model"].items():
         setattr(model, name, _on_device(value, model.device))
     # Older checkpoints do not have all of it.
-    for name, parameter in model.policy.named_parameters():
-        if name in state.get("frozen", ()):
-            parameter.requires_grad_(False)
+    if (frozen := state.get("frozen")) is not None:
+        for name, parameter in model.policy.named_parameters():
+            parameter.requires_grad_(name not in frozen)
     for name, value in state.get("buffer", {}).items():
         if name not in replaced:
             setattr(model.rollout_buffer, name, value)
