@@ -182,8 +182,8 @@ def warn_of_beginning_anew(callback: BaseCallback | None, restored: dict[int, di
     changed = [
         f"{type(each).__name__}.{name}"
         for each in ([] if callback is None else callbacks_of(callback))
-        for name, digest in restored.get(id(each), {}).items()
-        if name not in _COUNTERS and _digest(vars(each).get(name)) != digest
+        for name, value in plain_state(each).items()  # and not a file that it has opened
+        if name not in _COUNTERS and restored.get(id(each), {}).get(name, _digest(value)) != _digest(value)
     ]
     if changed:
         warnings.warn(
