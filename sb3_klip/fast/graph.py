@@ -21,6 +21,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from types import BuiltinFunctionType
 from typing import Any, TypeAlias
 
 import torch as th
@@ -104,7 +105,7 @@ def reason_against(model: Any) -> str:
         return f"a part of the loss of {type(model).__name__} was replaced"
     if any(isinstance(weight, th.Tensor) and weight.requires_grad for weight in (model.ent_coef, model.vf_coef)):
         return "a weight of the loss is learned"
-    return next(_reasons_in(model.policy), "") or reason_in_torch()
+    return next(_reasons_in(model.policy), "") or _reason_in_functions() or reason_in_torch()
 
 
 def reason_not_worth_it(model: Any) -> str:
@@ -147,14 +148,22 @@ def _reasons_in(policy: Any) -> Iterator[str]:
         yield f"{type(action_dist).__name__} is not known"
     elif is_changed(policy, *_POLICY_METHODS) or is_changed(action_dist, *_DISTRIBUTION_METHODS):
         yield "a method of the policy or its distribution was replaced"
-    if is_patched(policies, "preprocess_obs") or is_patched(policies.BaseModel, "extract_features"):
-        yield "a function of Stable-Baselines3's policies was replaced"
     for parameter in policy.parameters():
         if type(parameter) is not nn.Parameter or not parameter.requires_grad or parameter._backward_hooks:
             yield "a parameter of the policy is frozen, has a hook, or is of a type of its own"
     stepped = {id(parameter) for group in policy.optimizer.param_groups for parameter in group["params"]}
     if stepped != {id(parameter) for parameter in policy.parameters()}:
         yield "the optimizer is not that of the policy's parameters"
+
+
+def _reason_in_functions() -> str:
+    """A function that modules call, and that somebody has replaced."""
+    if is_patched(policies, "preprocess_obs") or is_patched(policies.BaseModel, "extract_features"):
+        return "a function of Stable-Baselines3's policies was replaced"
+    built_in = (nn.functional.linear, nn.functional.gelu, nn.functional.softplus, th.tanh, th.sigmoid)
+    if is_patched(nn.functional, "relu", "elu", "leaky_relu", "silu") or {*map(type, built_in)} != {BuiltinFunctionType}:
+        return "a function of torch was replaced"
+    return ""
 
 
 def structure_of(policy: Any) -> tuple[Any, ...]:
