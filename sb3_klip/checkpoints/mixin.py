@@ -126,7 +126,8 @@ class Checkpoints(OnPolicyAlgorithm):
             self._first_timestep = self.num_timesteps  # the saved call had come to its end, so this one is the next
             return total_timesteps
         end = total_timesteps if reset_num_timesteps else total_timesteps + self._first_timestep
-        if end < self.num_timesteps:
+        # A run that has ended may have gone past the steps asked for, to the end of its last rollout: none are left then.
+        if end < self.num_timesteps and end != self._total_timesteps:
             raise ValueError(
                 f"total_timesteps={total_timesteps} ends this run at {end} steps, and it is resumed at {self.num_timesteps}: "
                 f"give those of the run that is resumed, which would have ended at {self._total_timesteps}"
