@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch as th
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -375,6 +376,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             _one_of("FIGURE", argv[0], COMMANDS)
         args = parser.parse_args(argv)
         _one_of("--size", args.size, figures.SIZES)
+        if args.output.suffix[1:] in FigureCanvasBase.filetypes.keys() - {"svg", "png"}:
+            raise ValueError(f"--output: {str(args.output)!r} asks for another format, and figures are written as .svg and .png")
         if args.figure == "distribution":
             figure = distribution(args.given, args.size)
         else:

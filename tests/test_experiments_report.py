@@ -208,6 +208,13 @@ def test_refuses_what_is_no_suite(tmp_path, capsys):
     assert str(damaged) in capsys.readouterr().err
 
 
+def test_a_report_that_cannot_be_written(tmp_path, capsys):
+    folder = write_results(tmp_path, [made_up_result("Hopper-v4", "step", 0, 2000)])
+    (folder / "report.md").mkdir()
+    assert main(["report", str(folder)]) == 2
+    assert f"the report of {folder} cannot be written: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{not json", "{}", "3", '{"suite": "a", "versions": {}, "definition": {}}'])
 def test_refuses_a_damaged_description(tmp_path, capsys, content):
     folder = write_results(tmp_path, [made_up_result("Hopper-v4", "step", 0, 2000)])

@@ -331,6 +331,7 @@ ERRORS = [
     ("gradient --clip-range wide", ["--clip-range", "'wide'"]),
     ("gradient --size colum", ["--size: 'colum'", "readme, column", "Did you mean 'column'?"]),
     ("gradient --output a_file/figure", ["--output: 'a_file", "cannot be written"]),
+    ("gradient -o figure.pdf", ["--output: 'figure.pdf'", "another format", ".svg and .png"]),
     ("distribution", ["RUN"]),
     ("distribution a_fil", ["run 'a_fil' does not exist", "progress.csv", "Did you mean 'a_file'?"]),
     ("distribution empty", ["run 'empty'", "none", "CSVLogCallback"]),

@@ -123,7 +123,10 @@ def _run(args: argparse.Namespace, words: str) -> int:
 def _report(args: argparse.Namespace) -> int:
     from sb3_klip.experiments.report import write_report
 
-    identical = write_report(args.folder)
+    try:
+        identical = write_report(args.folder)
+    except OSError as error:
+        raise ValueError(f"the report of {args.folder} cannot be written: {error}") from None
     print((args.folder / "report.md").read_text(encoding="utf-8"))
     print(f"Written to {args.folder / 'report.md'} and {args.folder / 'figures'}.")
     return 0 if identical else 1
