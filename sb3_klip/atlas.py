@@ -48,10 +48,10 @@ def multiplier(coefficient: Coefficient, ratio: np.ndarray, advantage: float, cl
     :param clip_range: half-width ε
     :return: multiplier, shape (N,): w where the gradient is unchanged, 0 where it is removed, negative where it is reversed
     """
-    w = th.as_tensor(ratio, dtype=th.float64)
+    w = th.as_tensor(ratio)
     q = th.full_like(w, PROBABILITY)
     delta = default_delta("categorical", clip_range, 1) if coefficient.delta is None else coefficient.delta
-    least, greatest = categorical_ratio_bounds(q, delta)
+    least, greatest = (bound.to(w) for bound in categorical_ratio_bounds(q, delta))
     removal, weight = coefficient(
         w,
         th.full_like(w, advantage),
@@ -143,6 +143,7 @@ def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`; the height follows from the number of panels
     :raises ValueError: if an argument is not valid
+    :raises TypeError: if a coefficient of the user's own cannot be made with defaults
     """
     check_clip_range(clip_range)
     with figures.style(size) as shape:
@@ -172,7 +173,7 @@ def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:
 def _draw(axis: Axes, entry: Entry, clip_range: float) -> None:
     """One panel."""
     coefficient = make(entry.name)
-    ratio = np.linspace(*RATIOS, 802)[1:-1]
+    ratio = np.linspace(*RATIOS, 802, dtype=np.float32)[1:-1]  # as in training: a coefficient may know no other precision
     axis.axvspan(1 - clip_range, 1 + clip_range, color="0.92", linewidth=0)
     axis.axhline(0, color="black", linewidth=0.5)
     axis.plot(RATIOS, RATIOS, color="0.6", linewidth=0.5, linestyle=":")

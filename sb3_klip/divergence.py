@@ -42,7 +42,9 @@ def categorical_kl(old: Parameters, new: Parameters) -> th.Tensor:
     divergence = th.zeros_like(new[0][..., 0])
     for old_logits, new_logits in zip(old, new, strict=True):
         old_log, new_log = old_logits.log_softmax(dim=-1), new_logits.log_softmax(dim=-1)
-        divergence = divergence + (old_log.exp() * (old_log - new_log)).sum(dim=-1)
+        terms = old_log.exp() * (old_log - new_log)
+        # An action that is impossible in both adds nothing, and not 0 times (-inf + inf).
+        divergence = divergence + terms.masked_fill(old_log.isneginf(), 0.0).sum(dim=-1)
     return divergence
 
 
@@ -58,7 +60,7 @@ def bernoulli_kl(old: Parameters, new: Parameters) -> th.Tensor:
     probability = old_logits.sigmoid()
     true = probability * (F.logsigmoid(old_logits) - F.logsigmoid(new_logits))
     false = (1 - probability) * (F.logsigmoid(-old_logits) - F.logsigmoid(-new_logits))
-    return (true + false).sum(dim=-1)
+    return (true.masked_fill(old_logits.isneginf(), 0.0) + false.masked_fill(old_logits.isposinf(), 0.0)).sum(dim=-1)
 
 
 def parameters_of(distribution: Any) -> tuple[str, Parameters]:

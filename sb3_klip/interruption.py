@@ -9,7 +9,7 @@ from multiprocessing import resource_tracker
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
     """
-    Ctrl-C waits until this ends; to a process that is started meanwhile it never comes, but for Windows.
+    Ctrl-C waits until this ends. A process that is started meanwhile never receives it, except on Windows.
 
     :raises KeyboardInterrupt: at the end, if it was pressed
     """

@@ -43,6 +43,8 @@ EVENTS = "events.out.tfevents.*"
 FRACTIONS = ["train/kill_fraction", "train/pass_fraction"]
 WEIGHT = "train/beta_scalar"
 BETAS = [f"train/beta_p{level:02}" for level in PERCENTILES]
+#: Columns that a log of KLip-PPO has.
+NEEDED = ["time/total_timesteps", *FRACTIONS, *BETAS]
 
 # In ASCII: a Windows console may have no Greek letters.
 COMMANDS = {
@@ -224,7 +226,7 @@ def distribution(run: str | Path | pd.DataFrame, size: str = "readme") -> Figure
     :raises ValueError: if there is no log of KLip-PPO, or more than one
     :raises TypeError: if it is neither a path nor a log
     """
-    log = run if isinstance(run, pd.DataFrame) else read_log(run)
+    log = _updates(run, "run") if isinstance(run, pd.DataFrame) else read_log(run)
     with figures.style(size) as shape:
         rows, columns = (2, 1) if shape[0] < 5 else (1, 2)
         figure = Figure(figsize=(shape[0], rows * shape[1]))
@@ -275,13 +277,16 @@ def read_log(run: str | Path) -> pd.DataFrame:
             "".join(f"\n  {log}" for log in logs) or " none; CSVLogCallback writes the first, tensorboard_log=… the second."
         )
         raise ValueError(f"run {str(run)!r} must have exactly one progress.csv or TensorBoard log below it, but has{found}")
-    needed = ["time/total_timesteps", *FRACTIONS, *BETAS]
     read = _read_events if logs[0].is_dir() or logs[0].match(EVENTS) else _read_csv
-    log = read(logs[0], [*needed, WEIGHT])
-    missing = [key for key in needed if key not in log]
-    if missing or (log := log.dropna(subset=needed)).empty:
+    return _updates(read(logs[0], [*NEEDED, WEIGHT]), f"run {str(logs[0])!r}")
+
+
+def _updates(log: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The complete rows of a log, of which there must be one."""
+    missing = [key for key in NEEDED if key not in log]
+    if missing or (log := log.dropna(subset=NEEDED)).empty:
         lacks = ", ".join(missing) or "complete row"
-        raise ValueError(f"run {str(logs[0])!r} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
+        raise ValueError(f"{name} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
     return log
 
 
@@ -377,7 +382,7 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         args = parser.parse_args(argv)
         _one_of("--size", args.size, figures.SIZES)
         if args.output.suffix[1:] in FigureCanvasBase.filetypes.keys() - {"svg", "png"}:
-            raise ValueError(f"--output: {str(args.output)!r} asks for another format, and figures are written as .svg and .png")
+            raise ValueError(f"--output: {str(args.output)!r} is of another format than .svg and .png, which are written")
         if args.figure == "distribution":
             figure = distribution(args.given, args.size)
         else:

@@ -61,7 +61,7 @@ def weights_by_age(reuse: Any) -> np.ndarray:
         raise TypeError(f"reuse={reuse!r} must be {allowed}")
     weights = np.array(reuse, dtype=np.float64)
     if not (weights >= 0).all():
-        raise ValueError(f"reuse={reuse!r} must have no negative weight")
+        raise ValueError(f"reuse={reuse!r} must have weights of 0 or more, and no NaN")
     if not math.isclose(total := weights.sum(), 1, abs_tol=1e-6):
         advice = f"divided by their sum, they are {(weights / total).tolist()}" if total else f"it must be {allowed}"
         raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}; {advice}")

@@ -224,7 +224,8 @@ def kl_estimate(estimator: str, log_prob: th.Tensor, old_log_prob: th.Tensor, kl
     if estimator == "k3":
         return log_ratio.expm1() - log_ratio
     if estimator != "analytic":
-        raise ValueError(f"estimator={estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}")
+        hint = did_you_mean(estimator, ESTIMATORS)
+        raise ValueError(f"estimator={estimator!r} must be one of {', '.join(map(repr, ESTIMATORS))}.{hint}")
     if kl is None:
         raise ValueError("the analytic estimator needs `kl`, the KL divergence KL(π_old ‖ π_new) of each state")
     return kl
@@ -257,7 +258,8 @@ def per_sample_kl(
     :param kl: ``KL(π_old(·|s) ‖ π_new(·|s))`` per state, differentiable, if the coefficient requests it
     :param log_ratio: log w, if it is not ``log_prob - old_log_prob``
     :param centre: c = π_k/π_old, where π_k is the policy at the start of the update, for samples of older policies. Then the
-        coefficient is evaluated at ``w - c + 1``, and the KL estimates are those of KL(π_k ‖ π_new). None for c = 1
+        coefficient is evaluated at ``w - c + 1``, or at ``w / c`` if it needs a ratio of two policies, and the KL estimates
+        are those of KL(π_k ‖ π_new). None for c = 1
     :param quantities: further quantities that the coefficient requests, see :data:`sb3_klip.coefficients.QUANTITIES`
     :return: loss and terms per sample
     :raises ValueError: if a quantity that the coefficient requests, or ``kl`` for an analytic penalty, is missing
@@ -266,10 +268,11 @@ def per_sample_kl(
         if log_ratio is None:
             log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        shifted = ratio if centre is None else ratio - centre + 1
-        # Of the policy that the shifted ratio is relative to.
-        reference = old_log_prob if centre is None else old_log_prob + centre.log()
-        removal, weight = coefficient(shifted, advantages, clip_range, kl=kl, old_log_prob=reference, **quantities)
+        seen, reference = ratio, old_log_prob
+        if centre is not None:
+            reference = old_log_prob + centre.log()
+            seen = (log_ratio - centre.log()).exp() if coefficient.needs_policy_ratio else ratio - centre + 1
+        removal, weight = coefficient(seen, advantages, clip_range, kl=kl, old_log_prob=reference, **quantities)
         # A removed sample contributes nothing, also where its ratio overflowed and inf * 0 would be NaN (as it is in PPO).
         finite = ratio.masked_fill(((removal == 1) | (advantages == 0)) & ratio.isinf(), 0.0)
         score = (1 - removal) * finite
@@ -343,7 +346,8 @@ def per_sample_kl_loss(
         ``"none"``: no mean; the losses are 0 where the mask is False.
     :param ratio: ``"token"``: one ratio per sample. ``"sequence"``: in each row of ``(B, T)``, all ratios are replaced by
         their geometric mean over the samples that count. The gradient is still that of each log-probability (GSPO-token in
-        arXiv 2507.18071); with ``"sequence_mean"`` and one advantage per row, it is that of GSPO.
+        arXiv 2507.18071); with ``"sequence_mean"`` and one advantage per row, it is that of GSPO. KL estimates remain those
+        of each sample.
     :param quantities: further quantities that the coefficient requests, by name, beyond ratio, advantages, clip range and
         ``old_log_prob`` (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
@@ -362,6 +366,8 @@ def per_sample_kl_loss(
     # Only here: the coefficients are made of this module's functions.
     from sb3_klip.coefficients import make
 
+    if isinstance(clip_range, th.Tensor):
+        clip_range = clip_range.to(log_prob)
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
     log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
     terms = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, log_ratio=log_ratio, **quantities)

@@ -81,7 +81,7 @@ def factored_ratio_bounds(prob: th.Tensor, delta: float) -> tuple[th.Tensor, th.
     :param delta: δ in nats, >= 0
     :return: lower and upper bound, each of shape (...)
     """
-    q = prob.double().clamp(min=th.finfo(th.float64).tiny)
+    q = prob.double().clamp(th.finfo(th.float64).tiny, 1.0)  # a probability from logits may be rounded to more than 1
 
     def divergence(t: th.Tensor, total: th.Tensor, v: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         return (total.log() - q * v.log()).sum(dim=-1), ((1 - q) / (q * v * total)).sum(dim=-1)
@@ -108,8 +108,10 @@ def default_delta(family: str, clip_range: float, dimensions: int) -> float:
     :raises ValueError: if no discrete action of probability 1/2 can have the ratio 1 + ε
     """
     if family == "gaussian":
-        return dimensions / 2 * ((1 + clip_range) ** (2 / dimensions) - 1) - math.log1p(clip_range)
-    gain = (1 + clip_range) ** (1 / dimensions) - 1
+        # e^x - 1 - x with x = 2/d log(1 + ε), in digits that do not cancel
+        x = 2 / dimensions * math.log1p(clip_range)
+        return dimensions / 2 * (math.expm1(x) - x if x > 1e-4 else x * x * (1 / 2 + x / 6))
+    gain = math.expm1(math.log1p(clip_range) / dimensions)
     if gain >= 1:
         raise ValueError(f"clip_range={clip_range:g} must be less than {2**dimensions - 1}, unless delta is given")
     return -dimensions / 2 * math.log1p(-(gain**2))

@@ -83,7 +83,15 @@ def test_a_new_coefficient_appears_by_itself():
     axis = atlas().axes[-1]
     assert axis.texts[0].get_text() == "only_here"
     ratio, drawn = axis.get_lines()[-1].get_data()
-    np.testing.assert_allclose(drawn, ratio * (1 - 0.5 * PROBABILITY))
+    np.testing.assert_allclose(drawn, ratio * (1 - 0.5 * PROBABILITY), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("_own_names")
+def test_a_coefficient_that_knows_no_precision_but_that_of_training():
+    shares = th.tensor([0.25, 0.75])
+    register("from_a_table")(lambda ratio, advantages, clip_range: shares[(ratio > 1).long()])
+    ratio, drawn = atlas().axes[-1].get_lines()[-1].get_data()
+    np.testing.assert_allclose(drawn, ratio * np.where(ratio > 1, 0.25, 0.75), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("_own_names")

@@ -1,6 +1,8 @@
 """Functions and objects of the user's own as coefficients."""
 
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch as th
@@ -124,6 +126,18 @@ def test_an_estimator_without_a_weight_is_refused():
         make(forgetful)
 
 
+def test_an_unknown_estimator_is_refused_at_once():
+    class Penalty:
+        estimator = "analytical"
+
+        def __call__(self, ratio, advantages, clip_range):
+            return th.zeros_like(ratio), th.ones_like(ratio)
+
+    message = "estimator='analytical' of .*Penalty' must be one of 'analytic', 'k1', 'k3'. Did you mean 'analytic'?"
+    with pytest.raises(ValueError, match=message):
+        make(Penalty())
+
+
 class KeepsItToItself:
     """What it was made with could not be saved."""
 
@@ -141,6 +155,29 @@ def test_an_object_that_could_not_be_made_again_is_refused():
         make(KeepsItToItself(0.5))
     with pytest.raises(TypeError, match="'depth'"):
         KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta=KeepsItToItself(0.5))
+
+
+@dataclass(slots=True)
+class WithSlots:
+    width: float = 0.1
+
+    def __call__(self, ratio, advantages, clip_range):
+        return th.full_like(ratio, self.width)
+
+
+class Tuple(NamedTuple):
+    width: float = 0.1
+
+    def __call__(self, ratio, advantages, clip_range):
+        return th.full_like(ratio, self.width)
+
+
+@pytest.mark.parametrize("kind", [WithSlots, Tuple])
+def test_objects_without_a_dict_and_without_init_are_made_again(kind, tmp_path):
+    KLipPPO("MlpPolicy", "CartPole-v1", beta=kind(0.7)).save(tmp_path / "model")
+    loaded = make(KLipPPO.load(tmp_path / "model").beta)
+    assert loaded.parameters == {"width": 0.7}
+    assert loaded(th.ones(1), th.ones(1), 0.2)[0].item() == pytest.approx(0.7)
 
 
 def test_an_object_whose_constructor_names_no_arguments_is_refused():

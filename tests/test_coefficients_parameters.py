@@ -20,9 +20,22 @@ def test_schedules_are_followed_and_held_at_their_bounds():
     sharp = make("sigmoid", temperature=lambda progress_remaining: 0.1 * progress_remaining)
     sharp.set_progress(0.0)
     assert 0 < sharp.values["temperature"] <= 1e-6
-    broken = make("sigmoid", temperature=lambda progress_remaining: math.nan if progress_remaining < 1 else 1.0)
+    with pytest.raises(ValueError, match="NaN"):
+        make("sigmoid", temperature=lambda progress_remaining: math.nan if progress_remaining < 1 else 1.0)
+    broken = make("sigmoid", temperature=lambda progress_remaining: math.nan if progress_remaining == 0.5 else 1.0)
     with pytest.raises(ValueError, match="NaN"):
         broken.set_progress(0.5)
+
+
+def test_schedules_that_fail_at_their_end_are_refused_at_the_start():
+    """kappa_minus must stay above -kappa_plus, to which no single parameter can be held."""
+    with pytest.raises(ValueError, match=r"kappa_minus=-1.5 of 'redescending' must be greater than -kappa_plus"):
+        make("redescending", kappa_plus="lin_10")
+
+
+def test_a_number_is_taken_as_it_is():
+    """Also one that is nearer to an excluded end than schedules come."""
+    assert make("bounded_ratio", temperature=1e-7).values == {"temperature": 1e-7}
 
 
 def test_annotations_may_be_text():

@@ -28,6 +28,19 @@ def test_divergences_of_several_variables_add_up():
     th.testing.assert_close(categorical_kl(tuple(old), tuple(new)), sum(parts))
 
 
+def test_impossible_actions_add_nothing():
+    """As torch has it; a policy may mask actions by logits of -inf. No gradient is NaN."""
+    old, new = th.tensor([[0.0, 1.0, -th.inf]]), th.tensor([[0.5, 0.2, -th.inf]], requires_grad=True)
+    divergence = categorical_kl((old,), (new,))
+    th.testing.assert_close(divergence, kl_divergence(Categorical(logits=old), Categorical(logits=new)))
+    divergence.sum().backward()
+    assert new.grad[0, :2].abs().min() > 0
+    assert new.grad[0, 2] == 0
+    impossible = th.tensor([[-th.inf, th.inf, 0.5]])
+    expected = bernoulli_kl((impossible[:, 2:],), (impossible[:, 2:] + 1,))
+    assert th.equal(bernoulli_kl((impossible,), (impossible + 1,)), expected)
+
+
 GSDE = {"use_sde": True, "sde_sample_freq": 1}
 LSTM = {"policy_kwargs": {"lstm_hidden_size": 8, "net_arch": [8]}}
 

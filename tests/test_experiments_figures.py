@@ -67,6 +67,16 @@ def test_many_methods_have_a_row_each_against_step(tmp_path):
     assert [many.count(name) for name in ("Hopper-v4", "Walker2d-v4", *methods)] == [1, 1, 4, 1, 1, 1, 0]
 
 
+def test_runs_without_any_episode_have_no_line(tmp_path):
+    runs = [made_up_result("Hopper-v4", "step", seed, 2000) for seed in range(2)]
+    # Each has one episode, and not in the same part of training: there is no mean.
+    for run, part in zip(runs, (40, 60), strict=True):
+        run.curve.loc[run.curve.index != part, "return"] = np.nan
+    folder = write_results(tmp_path, [*runs, made_up_result("Hopper-v4", "fixed", 0, 1000)])
+    assert main(["report", str(folder)]) == 0
+    assert "fixed" in (folder / "figures" / "learning_curves.svg").read_text()
+
+
 def test_names_of_lines_do_not_overlap():
     axes = Figure().subplots()
     for name, values in (("a", [0, 1]), ("b", [0, 1.02]), ("c", [0, np.nan]), ("d", [5, 10])):

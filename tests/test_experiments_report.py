@@ -172,6 +172,27 @@ def test_a_run_without_episodes_in_its_last_tenth(tmp_path):
     assert table((folder / "report.md").read_text(), "## Return in the last") == [["Hopper-v4", "3000 (1)", "1000 (1)"]]
 
 
+def test_runs_without_any_episode(tmp_path):
+    without = made_up_result("Hopper-v4", "step", 0, 2000)
+    without.about["final_return"] = None
+    without.curve["return"] = np.nan
+    folder = write_results(tmp_path, [without, made_up_result("Hopper-v4", "fixed", 0, 1000)])
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert table(text, "## Return in the last") == [["Hopper-v4", "–", "1000 (1)"]]
+    assert "nan" not in text
+
+
+def test_a_task_whose_first_episodes_are_long_is_compared(tmp_path):
+    """With episodes of 1000 steps, none ends in the first 1 % of less than 100 000 steps."""
+    results = [made_up_result("Hopper-v4", method, seed, 2000.0 + seed) for method in ("step", "fixed") for seed in range(3)]
+    for result in results:
+        result.curve.loc[:4, "return"] = np.nan
+    folder = write_results(tmp_path, results)
+    assert main(["report", str(folder)]) == 0
+    assert "## All tasks together\n\nTasks: Hopper-v4." in (folder / "report.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "in_report", "in_docs"),

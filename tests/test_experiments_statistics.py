@@ -56,20 +56,20 @@ def test_an_interval_as_text():
     assert Interval(1.0, -2.0, 3.4).text("{:+.0f}") == "+1 [-2, +3]"
 
 
-def test_welchs_interval_holds_the_true_gain_95_times_of_100():
-    """Of three seeds on two tasks, whose spreads are different; the true gain is ½."""
+@pytest.mark.parametrize(("true", "column"), [(1.0, "score"), (-0.5, "score"), (1.0, "area_score")])
+def test_welchs_interval_holds_the_true_gain_95_times_of_100(true, column):
+    """Of three seeds on two tasks, whose spreads are different. What the reference gains is not known, either."""
     generator = np.random.default_rng(0)
     held = 0
     for _ in range(300):
-        runs = [
-            {"task": task, "method": method, "score": generator.normal(mean, spread)}
-            for task, spread in (("A", 0.1), ("B", 1.0))
-            for method, mean in (("step", 1.0), ("other", 1.5))
-            for _ in range(3)
-        ]
-        rows = pd.DataFrame(runs)
-        interval = gain(rows, "other", "step")
-        held += interval.low <= 0.5 <= interval.high
+        runs = []
+        for task, spread in (("A", 0.1), ("B", 0.25)):
+            for method, mean in (("step", 1000.0), ("other", 1000.0 * (1 + true))):
+                for final in generator.normal(mean, spread * mean, size=3):
+                    returns = {"first_return": 0.0, "final_return": final, "area": final / 2}
+                    runs.append({"task": task, "method": method, **returns})
+        interval = gain(with_scores(pd.DataFrame(runs), "step"), "other", "step", column)
+        held += interval.low <= (true / 2 if column == "area_score" else true) <= interval.high
     assert 0.92 <= held / 300 <= 0.99
 
 
@@ -162,6 +162,18 @@ def test_the_interval_of_samples_is_over_the_seeds_of_both(monkeypatch):
 
 def test_two_seeds_are_too_few_for_an_interval():
     assert share_to_reach([rising(2.0)] * 3, [rising(1.0)] * 2).text("{:.2f}") == "0.53"
+
+
+def test_the_reference_itself_reaches_its_final_return_at_its_end_at_the_latest():
+    runs = [rising(1.0), rising(2.0), rising(4.0)]
+    interval = share_to_reach(runs, runs)
+    assert (interval.point, interval.high) == (1.0, 1.0)
+
+
+def test_a_reference_without_episodes_at_its_end_does_not_count():
+    without = rising(1.0)
+    without.curve.loc[POINTS // 2 :, ["episodes", "return"]] = (0, np.nan)
+    assert share_to_reach([rising(2.0)], [without, rising(1.0)]).point == 0.53
     scores = {"step": np.ones((3, 2)), "other": np.zeros((2, 2))}
     assert improvement(scores, "step")["other"].text("{:.1f}") == "0.0"
     assert improvement({**scores, "other": np.zeros((3, 2))}, "step")["other"].text("{:.1f}") == "0.0 [0.0, 0.0]"

@@ -191,6 +191,11 @@ def test_a_run_is_drawn_as_it_was_logged(run):
     assert read_log(run / "deep" / "er" / "progress.csv").equals(log)
 
 
+def test_a_table_that_is_no_log_is_refused():
+    with pytest.raises(ValueError, match=r"run has no time/total_timesteps, .*: it is no log of KLip-PPO"):
+        distribution(pd.DataFrame({"train/kill_fraction": [0.1]}))
+
+
 def test_a_log_for_tensorboard_is_read_as_the_csv_file_is(run, tmp_path):
     log = read_log(run)
     folder = tmp_path / "runs" / "KLipPPO_1"
@@ -331,7 +336,7 @@ ERRORS = [
     ("gradient --clip-range wide", ["--clip-range", "'wide'"]),
     ("gradient --size colum", ["--size: 'colum'", "readme, column", "Did you mean 'column'?"]),
     ("gradient --output a_file/figure", ["--output: 'a_file", "cannot be written"]),
-    ("gradient -o figure.pdf", ["--output: 'figure.pdf'", "another format", ".svg and .png"]),
+    ("gradient -o figure.pdf", ["--output: 'figure.pdf'", "of another format than .svg and .png"]),
     ("distribution", ["RUN"]),
     ("distribution a_fil", ["run 'a_fil' does not exist", "progress.csv", "Did you mean 'a_file'?"]),
     ("distribution empty", ["run 'empty'", "none", "CSVLogCallback"]),

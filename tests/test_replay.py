@@ -1,6 +1,7 @@
 """Sample reuse as pure functions: weights, clip range, advantages, learning rate, and the loss with a shifted clip."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_klip.coefficients import make
+from sb3_klip.coefficients import available, make
 from sb3_klip.replay import (
     Replayed,
     adapted_learning_rate,
@@ -130,8 +131,8 @@ def test_optimal_weights_refuse(arguments, message):
         (True, TypeError, "reuse=True must be a whole number"),
         ([], ValueError, "must sum to 1, not 0"),
         ([0.5, "0.5"], TypeError, "must be a whole number"),
-        ([1.5, -0.5], ValueError, "no negative weight"),
-        ([float("nan"), 1.0], ValueError, "no negative weight"),
+        ([1.5, -0.5], ValueError, "weights of 0 or more, and no NaN"),
+        ([float("nan"), 1.0], ValueError, "weights of 0 or more, and no NaN"),
         ([2, 2], ValueError, r"must sum to 1, not 4; divided by their sum, they are \[0.5, 0.5\]"),
         ([0.0, 1.0], ValueError, "weight above 0 for the newest rollout"),
     ],
@@ -209,7 +210,7 @@ def test_step_is_the_generalized_clip():
     th.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear_ramp", "rollback", "quadratic", "soft_adaptive", "dual_clip"])
+@pytest.mark.parametrize("name", ["linear_ramp", "rollback", "quadratic", "bounded_ratio", "dual_clip"])
 def test_every_coefficient_sees_the_shifted_ratio(name):
     log_prob, old, advantages, centre = samples(1)
     coefficient = make(name)
@@ -218,6 +219,34 @@ def test_every_coefficient_sees_the_shifted_ratio(name):
     assert th.equal(terms.removal, removal)
     (gradient,) = th.autograd.grad(terms.loss.sum(), log_prob)
     th.testing.assert_close(gradient, -(terms.ratio * advantages * (1 - removal)))
+
+
+@pytest.mark.parametrize("name", [name for name in available() if make(name).needs_policy_ratio])
+def test_what_needs_a_ratio_of_policies_has_the_gradient_of_its_objective_for_the_present_policy(name):
+    """E_b[c L(π/π_k)] is E_π_k[L(π/π_k)]; also where c > 1 + w, so that the shifted ratio is negative."""
+    log_prob, old, advantages, centre = samples(1)
+    centre = centre * 2
+    start = old + centre.log()
+    quantities = {"least_ratio": th.full_like(old, 0.7), "greatest_ratio": th.full_like(old, 1.4)}
+    terms = per_sample_kl(log_prob, old - 3, advantages, make(name), 0.1, centre=centre * math.exp(3), **quantities)
+    (ours,) = th.autograd.grad(terms.loss.sum(), log_prob)
+    present = per_sample_kl(log_prob, start, advantages, make(name), 0.1, **quantities)
+    (expected,) = th.autograd.grad((centre * math.exp(3) * present.loss).sum(), log_prob)
+    assert (terms.ratio < centre * math.exp(3) - 1).any()
+    assert (expected != 0).any()
+    th.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_every_coefficient_is_finite_on_samples_of_far_policies():
+    log_prob, old, advantages, centre = samples(2)
+    for name in available():
+        coefficient = make(name, estimator="k3") if "estimator" in make(name).settings else make(name)
+        quantities = {
+            name: th.full_like(old, 0.5) for name in coefficient.requests if name not in ("progress", "old_log_prob")
+        }
+        terms = per_sample_kl(log_prob, old, advantages, coefficient, 0.1, centre=4 * centre, **quantities)
+        (gradient,) = th.autograd.grad(terms.loss.sum(), log_prob)
+        assert gradient.abs().max() < 1e4, name
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

@@ -207,6 +207,12 @@ def test_nothing_is_left_behind(verify, monkeypatch, tmp_path, arguments):
     assert left == ({"difference.pt"} if arguments == ("--beta", "none") else set())
 
 
+def test_params_are_those_of_rl_zoo(verify):
+    """A name in a coefficient's parameters needs no quotes there, either."""
+    result = verify(*DEFAULT, "--beta", "fixed", *UPDATES, "beta_kwargs:dict(estimator=k3)")
+    found_difference(result)
+
+
 def residual(result):
     found_difference(result)
     words = r"On the (\d+) clipped samples of this update, .* sample, ([\d.]+)% of .* \(median; at least ([\d.]+)%\)"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import python, zoo_here
 from huggingface_sb3 import EnvironmentName
+from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -64,6 +65,18 @@ def test_the_return_is_that_of_the_agent_with_its_statistics(tmp_path, monkeypat
     mean, std = evaluate_policy(PPO.load(agent, device="cpu"), env, 3, deterministic=True)
     assert std > 0
     assert evaluated_return(run, agent) == pytest.approx((mean, std))
+
+
+@pytest.mark.parametrize("kind", ["atari", "minigrid", "neither"])
+def test_actions_are_drawn_where_enjoy_draws_them(logs, monkeypatch, kind):
+    monkeypatch.chdir(logs)
+    if kind != "neither":
+        monkeypatch.setattr(ExperimentManager, f"is_{kind}", staticmethod(lambda env_id: True))
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *args, deterministic: asked.append(deterministic) or (0.0, 0.0))
+    run = Run(Path("logs"), "ppo", EnvironmentName("CartPole-v1"), 1)
+    evaluated_return(run, run.agents["last"])
+    assert asked == [kind == "neither"]
 
 
 @pytest.mark.parametrize(

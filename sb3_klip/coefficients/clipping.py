@@ -136,6 +136,7 @@ def dynamic_clip(
 
 
 dynamic_clip.needs_probabilities = True  # type: ignore[attr-defined]
+dynamic_clip.needs_policy_ratio = True  # type: ignore[attr-defined]
 
 
 @register(
@@ -172,3 +173,4 @@ def probability_clip(
 
 
 probability_clip.needs_probabilities = True  # type: ignore[attr-defined]
+probability_clip.needs_policy_ratio = True  # type: ignore[attr-defined]

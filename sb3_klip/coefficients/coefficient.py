@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_klip.coefficients.parameters import Parameter, check_names
 from sb3_klip.errors import did_you_mean
+from sb3_klip.surrogate import ESTIMATORS
 
 #: What a coefficient can request by naming it as an argument, beyond ``ratio``, ``advantages`` and ``clip_range``.
 QUANTITIES: dict[str, str] = {
@@ -68,14 +69,21 @@ class Coefficient:
         self.parameters = {**_constructor_arguments(function, name), **self.settings}
         #: The KL estimate that its weight multiplies; None if it has no weight.
         self.estimator: str | None = self.settings.get("estimator", getattr(function, "estimator", None))
+        if self.estimator not in (None, *ESTIMATORS):
+            hint = did_you_mean(self.estimator, ESTIMATORS)
+            allowed = ", ".join(map(repr, ESTIMATORS))
+            raise ValueError(f"estimator={self.estimator!r} of {name!r} must be one of {allowed}.{hint}")
         #: Whether it needs a clip range above 0.
         self.needs_clip_range: bool = getattr(function, "needs_clip_range", False)
         #: Whether it needs exp(``old_log_prob``) to be a probability, so that it cannot be used with continuous actions.
         self.needs_probabilities: bool = getattr(function, "needs_probabilities", False)
+        #: Whether it needs a ratio of two policies: with ``reuse``, older samples have π/π_k, and not the shifted ratio.
+        self.needs_policy_ratio: bool = getattr(function, "needs_policy_ratio", False)
         #: Whether its function has a method ``end_update``.
         self.learns = hasattr(function, "end_update")
-        self.set_progress(1.0)
-        self._try_out()
+        for progress_remaining in (0.0, 1.0):  # schedules may make it fail at their end
+            self.set_progress(progress_remaining)
+            self._try_out()
 
     @property
     def needs_kl(self) -> bool:
@@ -225,6 +233,8 @@ class Coefficient:
 
 CoefficientLike: TypeAlias = Coefficient | CoefficientFunction
 
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
 
 def _assignments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in values.items())
@@ -232,8 +242,7 @@ def _assignments(values: Mapping[str, Any]) -> str:
 
 def _has_own_repr(function: CoefficientFunction) -> bool:
     """Whether an object says of itself, in its own words, what it is."""
-    is_function = isinstance(function, (types.FunctionType, types.BuiltinFunctionType, types.MethodType))
-    return not is_function and type(function).__repr__ is not object.__repr__
+    return not isinstance(function, _FUNCTIONS) and type(function).__repr__ is not object.__repr__
 
 
 def _own(function: CoefficientFunction) -> CoefficientFunction:
@@ -247,8 +256,13 @@ def _own(function: CoefficientFunction) -> CoefficientFunction:
 
 
 def constructor_signature(kind: Any) -> list[inspect.Parameter]:
-    """The arguments that a class is made with; none if it has no constructor of its own."""
-    return list(inspect.signature(kind).parameters.values()) if kind.__init__ is not object.__init__ else []
+    """The arguments that a class is made with; none if it has no constructor of its own, or one that is not in Python."""
+    if kind.__init__ is object.__init__ and kind.__new__ is object.__new__:
+        return []
+    try:
+        return list(inspect.signature(kind).parameters.values())
+    except ValueError:  # as of functools.partial
+        return []
 
 
 def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str, Any]:
@@ -257,7 +271,7 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
 
     :raises TypeError: if an argument of its constructor is none of its attributes, or has no name
     """
-    if not hasattr(function, "__dict__") or isinstance(function, (types.FunctionType, types.MethodType)):
+    if isinstance(function, _FUNCTIONS):
         return {}
     kind: Any = type(function)
     arguments = constructor_signature(kind) if kind.__init__ is not th.nn.Module.__init__ else []

@@ -113,8 +113,8 @@ class Parameter:
         :param progress_remaining: from 1 (start) to 0 (end of training)
         :param owner: name of the coefficient, for the message
         """
-        if self.interval is None or given is None or isinstance(given, int):  # a whole number stays one
-            return given
+        if self.interval is None or given is None or isinstance(given, int | float):
+            return given  # as it is: `check` has seen it, and a whole number stays one
         number = at_progress(given, progress_remaining, f"{self.name} of {owner!r}")
         if math.isnan(number):
             raise ValueError(f"{self.name}={given!r} of {owner!r} is NaN at progress_remaining={progress_remaining:g}")

@@ -47,7 +47,9 @@ def fixed(
 )
 class Adaptive:
     """
-    A penalty whose weight b is doubled after an update with KL > 1.5 ``kl_target``, and halved below ``kl_target`` / 1.5.
+    A penalty whose weight b is multiplied by ``factor`` after an update with KL > 1.5 ``kl_target``.
+
+    After an update with KL < ``kl_target`` / 1.5, it is divided by ``factor``.
 
     The KL divergence is that of the final policy, averaged over the rollout. b stays between 1e-4 and 1e4.
 

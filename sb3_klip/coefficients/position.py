@@ -26,6 +26,7 @@ class Product(Coefficient):
         self.function = base.function
         self.requests = tuple(dict.fromkeys(factor.requests + base.requests))
         self.estimator, self.needs_clip_range, self.learns = base.estimator, base.needs_clip_range, base.learns
+        self.needs_policy_ratio = base.needs_policy_ratio
         self.needs_probabilities = base.needs_probabilities or factor.needs_probabilities
 
     @property

@@ -42,7 +42,7 @@ def quadratic(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Te
     :param clip_range: half-width ε
     :return: removal
     """
-    return advantages.sign() * (ratio - 1) / clip_range
+    return (advantages.sign() * (ratio - 1) / clip_range).masked_fill(advantages == 0, 0.0)  # where 0 times infinity is NaN
 
 
 quadratic.needs_clip_range = True  # type: ignore[attr-defined]

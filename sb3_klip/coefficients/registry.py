@@ -67,7 +67,7 @@ def register(
         try this coefficient by itself
     :param factory: whether the function takes the parameters, all keyword-only, and returns a :class:`Coefficient`
     :param presets: further names, each with a dict of the parameters that it presets
-    :return: decorator that returns the function unchanged
+    :return: decorator that returns the same function
     :raises ValueError: if a name is taken by another coefficient
     """
 

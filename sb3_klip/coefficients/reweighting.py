@@ -81,6 +81,9 @@ def soft_adaptive(
     return th.tanh(temperature * (ratio - 1) / 2).square()
 
 
+soft_adaptive.needs_policy_ratio = True  # type: ignore[attr-defined]
+
+
 def removal_of(multiplier: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
     The removal that replaces w by ``multiplier``: ``1 - m / w``, so that m multiplies ``Â ∇log π(a|s)``.
@@ -125,6 +128,9 @@ def truncated(
     return removal_of(multiplier, ratio).masked_fill(multiplier == ratio, 0.0)  # also where both are 0
 
 
+truncated.needs_policy_ratio = True  # type: ignore[attr-defined]
+
+
 @register(
     "tapered",
     "topr",
@@ -143,6 +149,9 @@ def tapered(ratio: th.Tensor, advantages: th.Tensor, clip_range: float | th.Tens
     """
     bad = truncated(ratio, advantages, clip_range, low=1.0, high=0.0)
     return th.where(advantages > 0, removal_of(th.ones_like(ratio), ratio), bad)
+
+
+tapered.needs_policy_ratio = True  # type: ignore[attr-defined]
 
 
 @register(
@@ -180,3 +189,6 @@ def gamma_weighted(
     # As one exponential, as a power that overflows times an exponential that underflows is NaN. xlogy(0, 0) is 0.
     finite = ratio.clamp(max=th.finfo(ratio.dtype).max)
     return -th.expm1(th.xlogy(k - 1, finite) + rate * (1 - finite))
+
+
+gamma_weighted.needs_policy_ratio = True  # type: ignore[attr-defined]

@@ -134,6 +134,9 @@ def gradient_preserving(
     return step(ratio, advantages, clip_range) * removal_of(multiplier, ratio)
 
 
+gradient_preserving.needs_policy_ratio = True  # type: ignore[attr-defined]
+
+
 @register(
     "decoupled_decay",
     "dgpo",
@@ -165,6 +168,9 @@ def decoupled_decay(
     inner = ratio.masked_fill(~kill, 1.0)
     kept = th.where(advantages < 0, (inner / lower) ** n, (constant_like(upper, ratio) / inner) ** (1 / m))
     return (1 - kept).masked_fill(~kill, 0.0)
+
+
+decoupled_decay.needs_policy_ratio = True  # type: ignore[attr-defined]
 
 
 @register(
@@ -208,3 +214,4 @@ def mass_adaptive(
 
 
 mass_adaptive.needs_probabilities = True  # type: ignore[attr-defined]
+mass_adaptive.needs_policy_ratio = True  # type: ignore[attr-defined]

@@ -103,3 +103,6 @@ def trust_region_guided(
     :return: removal
     """
     return clip_removal(ratio, advantages, least_ratio.clamp(max=1 - clip_range), greatest_ratio.clamp(min=1 + clip_range))
+
+
+trust_region_guided.needs_policy_ratio = True  # type: ignore[attr-defined]

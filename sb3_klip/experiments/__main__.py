@@ -91,8 +91,11 @@ def _run(args: argparse.Namespace, words: str) -> int:
     missing = [cell for cell in cells if not cell.result_file(folder).exists()]
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
-    if missing:
-        print(f"To train: {sum(cell.timesteps for cell in missing):,} steps of {len(missing)} cells")
+    finished = f"All finished. Tables and figures:\n  python -m sb3_klip.experiments report {folder}"
+    if not missing:
+        print(finished)
+        return 0
+    print(f"To train: {sum(cell.timesteps for cell in missing):,} steps of {len(missing)} cells")
     again = f"python -m sb3_klip.experiments {words}"
     try:
         with FileLock(folder / ".lock", timeout=0), connect(args.scheduler, args.workers, folder) as client:
@@ -116,7 +119,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
     if failed:
         print(f"\n{len(failed)} of {len(missing)} cells failed. To try them again:\n  {again}")
         return 1
-    print(f"All finished. Tables and figures:\n  python -m sb3_klip.experiments report {folder}")
+    print(finished)
     return 0
 
 

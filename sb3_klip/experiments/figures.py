@@ -156,11 +156,14 @@ def _by_method(
 
 def _curve(axes: Axes, runs: Sequence[Result], label: str, color: Any, **line: Any) -> None:
     """Mean return over seeds, and a band for its interval."""
-    if runs:
-        steps, values = _column(runs, "return")
+    if not runs:
+        return
+    steps, values = _column(runs, "return")
+    mean = values.mean(axis=1)
+    if np.isfinite(mean).any():  # where no episode has ended, there is no return
         if values.shape[1] > 1:
             axes.fill_between(steps, *mean_interval(values), color=color, alpha=0.15, linewidth=0)
-        axes.plot(steps, values.mean(axis=1), label=label, color=color, **line)
+        axes.plot(steps, mean, label=label, color=color, **line)
 
 
 def _returns(axes: Axes, results: Sequence[Result], methods: Sequence[str]) -> None:

@@ -34,6 +34,8 @@ AGAINST_PAPER = (
 )
 #: What stands in a table's brackets.
 BRACKETS = f"In brackets, with {MIN_SEEDS} seeds or more, are 95 % confidence intervals of the bootstrap"
+#: What such an interval of a single task is worth.
+FEW = "With three seeds, such an interval holds the true value in about three of four cases, and with five in nine of ten."
 #: What is compared over tasks, and the column of its scores.
 SCORES = {"end": "score", "training": "area_score"}
 #: Share of training, at its beginning, whose return counts as that of an untrained policy.
@@ -70,7 +72,7 @@ def write_report(folder: Path) -> bool:
         rows = with_scores(frame[frame["method"].isin(methods)], reference)
         sections += [f"## Mean return over all of training{_at(rate)}", _means(frame, "area")]
         if any("reuse" in settings for settings in definition.values()):
-            sections += _samples(by_rate[rate], tasks, methods, reference)
+            sections += _samples(by_rate[rate], tasks, methods, reference, _at(rate))
         sections += [f"## Interquartile means, by task{_at(rate)}", _by_task(frame), *_together(rows, reference, _at(rate))]
         scores = matrices(rows, "score")
         drawn |= save_all(by_rate[rate], tasks, methods, reference, scores, folder / "figures", _at(rate))
@@ -97,7 +99,10 @@ def _at(rate: str) -> str:
 def _frame(cells: Iterable[str], results: Iterable[Result]) -> pd.DataFrame:
     """One row per cell; tasks and methods in the order of the suite's cells."""
     frame = pd.DataFrame([result.about for result in results])
-    start = [result.curve.loc[result.curve["timesteps"] <= FIRST * result.about["timesteps"], "return"] for result in results]
+    # Where no episode ends so early, the first that end count.
+    start = [
+        result.curve["return"].bfill()[result.curve["timesteps"] <= FIRST * result.about["timesteps"]] for result in results
+    ]
     frame["first_return"] = [values.mean() for values in start]
     # The area under the curve, as a mean; gaps, as where no episode ended, are bridged.
     frame["area"] = [result.curve["return"].interpolate(limit_area="inside").mean() for result in results]
@@ -125,7 +130,7 @@ def _made_by(frame: pd.DataFrame) -> str:
 def _means(frame: pd.DataFrame, column: str) -> str:
     """Mean ± standard deviation over seeds, and the number of seeds."""
     cells = frame.groupby(["task", "method"], observed=True)[column]
-    text = cells.apply(lambda values: f"{_mean_std(values)} ({values.count()})")
+    text = cells.apply(lambda values: f"{_mean_std(values)} ({values.count()})" if values.count() else "–")
     table = text.unstack("method").fillna("–").reset_index()
     return "Mean ± standard deviation over seeds (number of seeds in brackets).\n\n" + _markdown(table)
 
@@ -170,7 +175,7 @@ def paper_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (task, method), values in frame.groupby(["task", "method"], observed=True)["final_return"]:
         theirs = paper.RETURNS.get(task, {}).get(method)
-        if theirs is not None:
+        if theirs is not None and values.count():
             mean, std = theirs
             difference, differ = f"{values.mean() - mean:+.0f}", "–"
             if (seeds := values.count()) > 1:
@@ -208,11 +213,11 @@ def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
     return [
         f"## All tasks together{at}",
         f"Tasks: {', '.join(tasks)}. A method counts with the seeds that it has on every task. The score of a return is 0 at "
-        f"the mean of the first {FIRST:.0%} of `{reference}`'s training, and 1 at the mean of its last 10 %. *End* is the "
-        "score of the last 10 % of training. *Training* is that of the whole training, which is the area under the learning "
-        "curve. The probability of improvement is the chance that a run of the method has a higher score than a run of "
-        f"`{reference}` on the same task. {BRACKETS} within tasks. With few seeds they are too narrow: where one contradicts "
-        "Welch's interval below, go by Welch's.",
+        f"the mean of the first {FIRST:.0%} of `{reference}`'s training (or its first return after that, if no episode ended "
+        "by then), and 1 at the mean of its last 10 %. *End* is the score of the last 10 % of training. *Training* is that of "
+        "the whole training, which is the area under the learning curve. The probability of improvement is the chance that a "
+        f"run of the method has a higher score than a run of `{reference}` on the same task. {BRACKETS} within tasks. With "
+        "few seeds they are too narrow: where one contradicts Welch's interval below, go by Welch's.",
         _markdown(aggregate_table(rows, reference)),
         f"## Gain over `{reference}`{at}",
         f"The gain of each method over `{reference}`, in % of what `{reference}` gains from beginning to end. All seeds "
@@ -273,10 +278,10 @@ def _by_task(frame: pd.DataFrame) -> str:
     intervals = pd.Series({key: each.text("{:.0f}") for key, each in bootstrap(cells, metrics.aggregate_iqm).items()})
     table = intervals.unstack().reindex(index=frame["task"].cat.categories, columns=frame["method"].cat.categories)
     table = table.dropna(how="all").dropna(how="all", axis=1).fillna("–").rename_axis("task").reset_index()
-    return f"Cells with more than one seed. {BRACKETS} over seeds.\n\n{_markdown(table)}"
+    return f"Cells with more than one seed. {BRACKETS} over seeds. {FEW}\n\n{_markdown(table)}"
 
 
-def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str) -> list[str]:
+def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[str], reference: str, at: str) -> list[str]:
     """When the methods reach the final return of the reference."""
     rows = []
     for task in tasks:
@@ -286,17 +291,17 @@ def _samples(results: Sequence[Result], tasks: Sequence[str], methods: Sequence[
         }
         rows.append((task, *(_share_text(runs[method], runs[reference]) for method in methods)))
     return [
-        f"## Samples to reach the final return of `{reference}`",
+        f"## Samples to reach the final return of `{reference}`{at}",
         f"The part of training, in %, after which the mean of a method's seeds first reaches the final mean of `{reference}`; "
         "> 100 if it never does. GePPO's authors count samples in this way (arXiv 2111.00072). A return is the mean of the "
         f"episodes in 10 % of training. The first time can be by chance, and `{reference}` itself may be there "
-        f"before its end, so compare with its column. {BRACKETS} over the seeds of both.",
+        f"before its end, so compare with its column. {BRACKETS} over the seeds of both. {FEW}",
         _markdown(pd.DataFrame(rows, columns=["task", *methods])),
     ]
 
 
 def _share_text(runs: Sequence[Result], reference: Sequence[Result]) -> str:
-    if not runs or not reference:
+    if not runs or all(run.about["final_return"] is None for run in reference):
         return "–"
     share = share_to_reach(runs, reference)
     point, low, high = ("> 100" if np.isinf(value) else f"{100 * value:.0f}" for value in share)

@@ -12,13 +12,13 @@ from sb3_klip.experiments.results import LAST, POINTS, Result
 
 #: Resamples of the bootstrap, and the seed of the generator that draws them.
 RESAMPLES, SEED = 5000, 0
-#: Share of the intervals that hold what they are for.
+#: Confidence level of all intervals.
 CONFIDENCE = 0.95
-#: Seeds that it takes to show a bootstrap's interval. With two, that of an interquartile mean holds the true value in three of
-#: four cases instead of 95 %; with three, in more than four of five.
-MIN_SEEDS = 3
-#: Bounds of that share in the bootstrap's distribution.
+#: Quantiles of the bootstrap's distribution that bound such an interval.
 TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+#: Seeds that it takes to show a bootstrap's interval. With three, that of a mean on one task holds the true value in three of
+#: four cases instead of 95 %, and that of an interquartile mean over three tasks in more than four of five.
+MIN_SEEDS = 3
 NO_BOUNDS = (float("nan"), float("nan"))
 
 
@@ -55,7 +55,7 @@ def bootstrap(scores: Mapping[Any, Any], statistic: Callable[..., float]) -> dic
 
     :param scores: by name, a matrix of seeds × tasks, or a tuple of them, which are resampled one by one
     :param statistic: of the matrix or matrices
-    :return: with bounds where all matrices have :data:`MIN_SEEDS` seeds
+    :return: the interval of each name; its bounds are NaN if a matrix has fewer than :data:`MIN_SEEDS` seeds
     """
     if not scores:
         return {}
@@ -94,12 +94,13 @@ def with_scores(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
     The runs that can be compared over tasks, with columns ``score`` and ``area_score``.
 
     A score is 0 for the return with which the reference begins and 1 for the mean of those it ends with, so that tasks can be
-    taken together; the area's is that of the mean return over all of training. Methods with fewer than two seeds on every task
-    are left out, and tasks on which one of the others has fewer, or the reference does not end above where it began. Where the
-    reference has no two seeds on any task, nothing is left.
+    taken together; the area's is that of the mean return over all of training. A method is left out if it has fewer than two
+    seeds on every task. Then a task is left out if one of the remaining methods has fewer than two seeds on it, or if the
+    reference does not end above its first return.
 
     :param frame: one row per run: ``task``, ``method``, ``first_return``, ``final_return``, ``area``
     :param reference: the method to compare with
+    :return: the rows that are left; none if the reference is left out
     """
     frame = frame.dropna(subset=["final_return"])
     counts = frame.pivot_table("final_return", "task", "method", "count", fill_value=0, observed=True)
@@ -128,14 +129,18 @@ def gain(rows: pd.DataFrame, method: str, reference: str, column: str = "score")
     """
     How much higher the method scores than the reference: difference of mean scores, mean over tasks, with Welch's interval.
 
+    The mean end of the reference has a score of 1 by definition, and is itself uncertain: a gain is a quotient, whose variance
+    is that of its linear part (the delta method).
+
     :param rows: as from :func:`with_scores`
     :param column: the score of the end of training, or ``area_score``
     """
-    cells = rows.groupby(["method", "task"], observed=True)[column].agg(["mean", "var", "count"])
-    tasks = len(cells.loc[reference])
-    both = pd.concat([cells.loc[method], cells.loc[reference]])
-    difference = (cells.loc[method, "mean"] - cells.loc[reference, "mean"]).mean()
-    return welch(float(difference), zip(both["var"] / both["count"] / tasks**2, both["count"], strict=True))
+    ours, theirs = (rows[rows["method"] == name] for name in (method, reference))
+    gains = ours.groupby("task", observed=True)[column].mean() - theirs.groupby("task", observed=True)[column].mean()
+    linear = theirs[column] + theirs["task"].map(gains).astype(float) * theirs["score"]
+    both = pd.concat([ours.assign(value=ours[column]), theirs.assign(value=linear)])
+    cells = both.groupby(["method", "task"], observed=True)["value"].agg(["var", "count"])
+    return welch(float(gains.mean()), zip(cells["var"] / cells["count"] / len(gains) ** 2, cells["count"], strict=True))
 
 
 def improvement(scores: Mapping[str, np.ndarray], reference: str) -> dict[str, Interval]:
@@ -165,11 +170,13 @@ def share_to_reach(runs: Sequence[Result], reference: Sequence[Result]) -> Inter
     The share of training after which the mean over seeds reaches the final return of the reference; infinite if it never does.
 
     :param runs: of the method, on one task
-    :param reference: runs that have ended at the return to reach
-    :return: with the interval of a bootstrap over both their seeds, where both have :data:`MIN_SEEDS`
+    :param reference: runs that have ended at the return to reach, of which at least one has episodes at its end
+    :return: the share, with the interval of a bootstrap over the seeds of both; its bounds are NaN if one of them has fewer
+        than :data:`MIN_SEEDS`
     """
     curves = np.stack([trailing_returns(run) for run in runs])
     finals = np.array([trailing_returns(run)[-1] for run in reference])
+    finals = finals[np.isfinite(finals)]
     generator = np.random.default_rng(SEED)
     chosen, targets = (generator.integers(len(of), size=(RESAMPLES, len(of))) for of in (curves, finals))
 
@@ -181,6 +188,8 @@ def share_to_reach(runs: Sequence[Result], reference: Sequence[Result]) -> Inter
     (point,) = share(curves.mean(axis=0)[None], finals.mean()[None])
     if not _enough((curves, finals)):
         return Interval(float(point), *NO_BOUNDS)
-    resampled = share(curves[chosen].mean(axis=1), finals[targets].mean(axis=1))
+    means = curves[chosen].mean(axis=1)
+    # The reference's own mean ends at its own final return, whichever of its seeds are drawn.
+    resampled = share(means, means[:, -1] if runs is reference else finals[targets].mean(axis=1))
     low, high = np.quantile(resampled, TAILS, method="inverted_cdf")  # nothing lies between a number and infinity
     return Interval(float(point), float(low), float(high))

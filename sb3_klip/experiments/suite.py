@@ -4,6 +4,7 @@ import importlib
 import importlib.resources
 import inspect
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,8 +38,11 @@ NOT_IN_FOLDERS = '/\\:*?"<>|$'
 SIZES = ("n_envs", "n_steps", "batch_size")
 #: What is checked elsewhere.
 CHECKED = {*SCHEDULES, "n_epochs", "reuse"}
-#: What an experiment is given.
-TAKEN = {"callback", "n_timesteps"}
+#: Hyperparameters that are no method's, and why.
+TAKEN = {
+    "callback": "an experiment has one of its own",
+    "n_timesteps": "it is that of the hyperparameters of the task, or the suite's timesteps",
+}
 
 #: A suite's own YAML file of hyperparameters, in its folder: trainings run there.
 CONF = "hyperparams.yml"
@@ -189,6 +193,16 @@ def _default(task: str) -> str:
     return "atari" if ExperimentManager.is_atari(task) else "default"
 
 
+def _entry(protocol: Mapping[str, Any], task: str) -> Any:
+    """The hyperparameters of a task, or those for all tasks that have none of their own."""
+    return protocol.get(task, protocol.get(_default(task)))
+
+
+def _algo_and_own(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The algorithm of a method, and its hyperparameters."""
+    return settings.get("algo", ALGO), {key: value for key, value in settings.items() if key != "algo"}
+
+
 def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     if task not in gym.envs.registry:
         return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
@@ -202,7 +216,7 @@ def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
             pass
     if not protocol:  # a mistake that is told already
         return []
-    entry = protocol.get(task, protocol.get(_default(task)))
+    entry = _entry(protocol, task)
     if not isinstance(entry, dict):
         return [f"{conf} has no entry for {task!r}, and none for {_default(task)!r}"]
     if "callback" in entry:
@@ -236,11 +250,13 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     if "@" in method and not _is_rate(method.partition("@")[2], settings.get("learning_rate")):
         rate = settings.get("learning_rate")
         return [f"method {method!r}: the number after '@' must equal its learning_rate, which is {rate!r}"]
-    algo = settings.get("algo", ALGO)
+    algo, own = _algo_and_own(settings)
     if not isinstance(algo, str) or algo not in ALGOS:
-        return [f"method {method!r}: unknown algorithm {algo!r}.{did_you_mean(algo, ALGOS)}"]
-    own = {key: value for key, value in settings.items() if key != "algo"}
-    mistakes = _check_hyperparameters(algo, own, hyperparameters(ALGOS[algo]) - TAKEN)
+        known = ", ".join(sorted(ALGOS))
+        return [f"method {method!r}: algo={algo!r} must be one of {known}.{did_you_mean(algo, ALGOS)}"]
+    mistakes = [f"{key!r} cannot be set by a method: {why}" for key, why in TAKEN.items() if key in own]
+    own = {key: value for key, value in own.items() if key not in TAKEN}
+    mistakes += _check_hyperparameters(algo, own, hyperparameters(ALGOS[algo]))
     try:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -252,11 +268,9 @@ def _check_protocol(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> 
     """What is wrong with hyperparameters of the protocol, as the methods use them."""
     mistakes = []
     for task in content["tasks"]:
-        entry = protocol.get(task, protocol.get(_default(task), {}))
         for settings in content["methods"].values():
-            algo = settings.get("algo", ALGO)
-            own = {key: value for key, value in settings.items() if key != "algo"}
-            wrong = _check_hyperparameters(algo, {**entry, **own}, hyperparameters(ALGOS[algo]))
+            algo, own = _algo_and_own(settings)
+            wrong = _check_hyperparameters(algo, {**_entry(protocol, task), **own}, hyperparameters(ALGOS[algo]))
             mistakes += [f"{content['hyperparams']}, {task!r}: {mistake}" for mistake in wrong]
     return list(dict.fromkeys(mistakes))
 
@@ -306,7 +320,7 @@ def _check_schedules(settings: Mapping[str, Any]) -> list[str]:
 
 def _is_positive(text: str) -> bool:
     try:
-        return float(text) > 0
+        return 0 < float(text) < math.inf
     except ValueError:
         return False
 
@@ -318,16 +332,15 @@ def _is_rate(text: str, learning_rate: Any) -> bool:
 
 def _made(name: str, content: dict[str, Any], protocol: Mapping[str, Any], conf: str | None) -> Suite:
     """The suite, once it is known to be right."""
-    cells, definition = [], {}
-    for seed in content["seeds"]:
-        for task in content["tasks"]:
-            hyperparams = protocol.get(task, protocol.get(_default(task)))
-            timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
-            for method, settings in content["methods"].items():
-                own = {key: value for key, value in settings.items() if key != "algo"}
-                algo = settings.get("algo", ALGO)
-                override = "timesteps" in content
-                conf_file = content["hyperparams"] if conf is None else CONF
-                cells.append(Cell(task, method, seed, algo, conf_file, timesteps, override, own))
-                definition[f"{task}/{method}"] = {**hyperparams, **own, "algo": algo, "n_timesteps": timesteps}
+    of_one_seed, definition = [], {}
+    override = "timesteps" in content
+    conf_file = content["hyperparams"] if conf is None else CONF
+    for task in content["tasks"]:
+        hyperparams = _entry(protocol, task)
+        timesteps = int(content.get("timesteps") or hyperparams["n_timesteps"])
+        for method, settings in content["methods"].items():
+            algo, own = _algo_and_own(settings)
+            of_one_seed.append(Cell(task, method, 0, algo, conf_file, timesteps, override, own))
+            definition[f"{task}/{method}"] = {**hyperparams, **own, "algo": algo, "n_timesteps": timesteps}
+    cells = [replace(cell, seed=seed) for seed in content["seeds"] for cell in of_one_seed]
     return Suite(name, cells, definition, conf)

@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: of the command line
     :return: exit status: 0 identical, 1 different, 2 could not be compared, 130 interrupted
     """
+    zoo.register()  # -params then reads a coefficient's name without its quotes
     try:
         options = parser().parse_args(arguments)
     except Exception as error:  # RL Zoo evaluates the values as Python

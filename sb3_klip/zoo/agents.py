@@ -53,25 +53,35 @@ def read_resumed(manager: ExperimentManager, hyperparams: dict[str, Any]) -> dic
         raise ValueError(f"{checkpoint.name} cannot be resumed: there is no config.yml with its hyperparameters beside it")
     file, resumed = config
     _check_same_beta(checkpoint, given)
+    _take_over(manager, checkpoint, read_zoo_yaml(file.with_name("args.yml"), trusted=True))
     print(f"Resuming with the hyperparameters of the interrupted run: {file}")
-    arguments = read_zoo_yaml(file.with_name("args.yml"), trusted=True)
+    return resumed
+
+
+def _take_over(manager: ExperimentManager, checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
+    """
+    Set the manager's seed, number of steps, kind of vectorized environments and arguments of environments to those of the run.
+
+    :param checkpoint: of the run to resume
+    :param arguments: what ``rl_zoo3.train`` was called with then
+    :raises ValueError: if the run had another environment
+    """
     if (env_id := arguments.get("env", manager.env_name.gym_id)) != manager.env_name.gym_id:
         raise ValueError(f"{checkpoint.name} is of a run on {env_id}, which cannot be resumed on {manager.env_name.gym_id}")
-    # They are written to the args.yml of this run, so that it can be resumed in turn.
-    manager.seed = manager.args.seed = arguments.get("seed", manager.seed)
     env_kwargs = arguments.get("env_kwargs") or {}
     if manager.env_kwargs and manager.env_kwargs != env_kwargs:
         raise ValueError(
             f"resume:True takes the environment of the interrupted run, which had --env-kwargs={env_kwargs or None}, so "
             f"--env-kwargs={manager.env_kwargs} cannot be set"
         )
+    # They are written to the args.yml of this run, so that it can be resumed in turn.
+    manager.seed = manager.args.seed = arguments.get("seed", manager.seed)
     manager.env_kwargs = manager.args.env_kwargs = env_kwargs
     manager.eval_env_kwargs = arguments.get("eval_env_kwargs") or manager.env_kwargs
     manager.args.vec_env = arguments.get("vec_env", "dummy")
     manager.vec_env_class = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[manager.args.vec_env]
     if manager.n_timesteps <= 0:
         manager.n_timesteps = checkpoint.data["_total_timesteps"]
-    return resumed
 
 
 def _check_same_beta(checkpoint: Checkpoint, given: dict[str, Any]) -> None:

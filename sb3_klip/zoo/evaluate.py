@@ -2,14 +2,16 @@
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rl_zoo3.import_envs  # noqa: F401
 from huggingface_sb3 import EnvironmentName
@@ -23,7 +25,8 @@ from sb3_klip.zoo.agents import EPISODES
 from sb3_klip.zoo.registration import ALGORITHMS, register
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """
     A run of ``rl_zoo3.train``.
 
@@ -49,6 +52,7 @@ class Run(NamedTuple):
         files = {"last": self.path / f"{self.env}.zip", "best": self.path / "best_model.zip"}
         return {label: file for label, file in files.items() if file.is_file()}
 
+    @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """What ``rl_zoo3.train`` was called with."""
         return read_zoo_yaml(self.path / self.env / "args.yml")
@@ -60,20 +64,23 @@ class Run(NamedTuple):
         runs = [cls(folder, algo, env, each) for each in range(number, 0, -1)]
         return next((run for run in runs if run.agents), cls(folder, algo, env, number))
 
+    @property
     def packages(self) -> list[str]:
         """The modules that register its environment."""
-        return self.arguments().get("gym_packages") or []
+        return self.arguments.get("gym_packages") or []
 
     def tensorboard_log(self) -> Path | None:
         """The newest log for TensorBoard of a run on this environment, if any was written."""
-        folder = self.arguments().get("tensorboard_log")
+        folder = self.arguments.get("tensorboard_log")
         files = list(Path(folder, self.env).glob("*/events.out.tfevents.*")) if folder else []
         return max(files, key=lambda file: file.stat().st_mtime).parent if files else None
 
 
 def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float]:
     """
-    The return of an agent, played as by ``rl_zoo3.enjoy``: with its statistics and, except on Atari, deterministically.
+    The return of an agent, played as by ``rl_zoo3.enjoy``: with its statistics, and mostly deterministically.
+
+    Only on Atari and MiniGrid, actions are drawn at random.
 
     :param run: its run
     :param agent: its checkpoint
@@ -81,12 +88,13 @@ def evaluated_return(run: Run, agent: Path, seed: int = 0) -> tuple[float, float
     :return: mean and standard deviation over :data:`~sb3_klip.zoo.agents.EPISODES` episodes
     """
     hyperparams, statistics = get_saved_hyperparams(str(run.path / run.env), test_mode=True)
-    env_kwargs = run.arguments().get("env_kwargs") or hyperparams.pop("env_kwargs", None)
+    env_kwargs = run.arguments.get("env_kwargs") or hyperparams.pop("env_kwargs", None)
     id_ = run.env.gym_id
     with contextlib.redirect_stdout(io.StringIO()):  # the zoo says which statistics it loads
         env = create_test_env(id_, 1, statistics, seed, None, False, hyperparams, env_kwargs)
     model = ALGOS[run.algo].load(agent, device="cpu")
-    mean, std = evaluate_policy(model, env, EPISODES, deterministic=not ExperimentManager.is_atari(id_))
+    deterministic = not (ExperimentManager.is_atari(id_) or ExperimentManager.is_minigrid(id_))
+    mean, std = evaluate_policy(model, env, EPISODES, deterministic=deterministic)
     env.close()
     return float(mean), float(std)  # type: ignore[arg-type]
 
@@ -101,17 +109,16 @@ def next_commands(run: Run, best: bool) -> dict[str, str]:
     """
     folder = shlex.quote(str(run.folder))
     agent = f"--algo {run.algo} --env {run.env.gym_id} -f {folder}{' --load-best' if best else ''}"
-    packages = "".join(f" {package}" for package in run.packages())
-    packages = f" --gym-packages{packages}" if packages else ""
+    packages = " ".join(["", "--gym-packages", *run.packages]) if run.packages else ""
     # MuJoCo draws by way of a window unless told otherwise, and a machine without a display has none.
-    drawn = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
+    prefix = "MUJOCO_GL=egl " if sys.platform == "linux" and "mujoco" in ExperimentManager.entry_point(run.env.gym_id) else ""
     log = run.tensorboard_log() if run.algo in ALGORITHMS else None
     if log:
         plot = f"sb3_klip.plot distribution {shlex.quote(str(log))} -o {shlex.quote(str(run.path))}"
     else:
         plot = f"rl_zoo3.cli plot_train -a {run.algo} -e {run.env} -f {folder}"
     # The zoo's record_video takes no packages, so it knows no environment of the user's own.
-    film = {} if packages else {"film": f"{drawn}{_python()} -m rl_zoo3.record_video {agent}"}
+    film = {} if packages else {"film": f"{prefix}{_python()} -m rl_zoo3.record_video {agent}"}
     return {"watch": f"{_python()} -m rl_zoo3.enjoy {agent}{packages}", **film, "plot": f"{_python()} -m {plot}"}
 
 
@@ -154,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}. Finished runs: "
             f"{', '.join(finished) or 'none'}.{did_you_mean(args.env, finished)}"
         )
-    for package in run.packages():
+    for package in run.packages:
         try:
             importlib.import_module(package)
         except ImportError as error:
@@ -164,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label, (mean, std) in returns.items():
         print(f"  {label} agent: {mean:.1f} +/- {std:.1f}   {agents[label]}")
     if "best" not in agents:
-        frequency = run.arguments().get("eval_freq", 0)
+        frequency = run.arguments.get("eval_freq", 0)
         reason = (
             f"the training was shorter than --eval-freq {frequency}" if frequency > 0 else "it was not evaluated in training"
         )

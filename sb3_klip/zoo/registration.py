@@ -73,6 +73,9 @@ def register() -> None:
 def _wrapped(original: Callable[..., Any], patch: Patch) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # Other algorithms than ours are the zoo's own business.
+        if patch.owner is ExperimentManager and args[0].algo not in ALGORITHMS:
+            return original(*args, **kwargs)
         return patch.wrapper(original, *args, **kwargs)
 
     wrapper.sb3_klip_patch = patch  # type: ignore[attr-defined]
@@ -84,8 +87,6 @@ class _VecNormalizeOfAnyAge(VecNormalize):
 
 
 def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:
-    if manager.algo not in ALGORITHMS:
-        return original(manager)
     # Without --conf-file, the zoo looks for a file of the algorithm's name in its own folder.
     if Path(manager.config) == zoo_hyperparams() / f"{manager.algo}.yml":
         manager.config = f"sb3_klip.hyperparams.{manager.algo}"
@@ -151,31 +152,18 @@ def _store_dict(original: Any, action: Any, parser: Any, namespace: Any, values:
     original(action, parser, namespace, [names_as_text(value) for value in values], option)
 
 
-def _hyperparameters_optimization(original: Any, manager: ExperimentManager) -> None:
-    name_best_trial(original, manager) if manager.algo in ALGORITHMS else original(manager)
-
-
-def _load_trial(original: Any, manager: ExperimentManager, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    if manager.algo not in ALGORITHMS:
-        return original(manager, *args, **kwargs)
-    return load_trial(original, manager, *args, **kwargs)
-
-
 def _create_callbacks(original: Any, manager: ExperimentManager) -> None:
     first = len(manager.callbacks)
     original(manager)
-    if manager.algo in ALGORITHMS:
-        agents.make_checkpoints_resumable(manager, first)
+    agents.make_checkpoints_resumable(manager, first)
 
 
 def _maybe_normalize(original: Any, manager: ExperimentManager, env: Any, eval_env: bool) -> Any:
-    own = agents.with_statistics_of_agent(manager, env, eval_env) if manager.algo in ALGORITHMS else None
+    own = agents.with_statistics_of_agent(manager, env, eval_env)
     return original(manager, env, eval_env) if own is None else own
 
 
 def _load_pretrained_agent(original: Any, manager: ExperimentManager, hyperparams: dict[str, Any], env: Any) -> Any:
-    if manager.algo not in ALGORITHMS:
-        return original(manager, hyperparams, env)
     if manager.resume:  # type: ignore[attr-defined]
         return agents.resume(manager, env)
     model = original(manager, hyperparams, env)
@@ -210,10 +198,10 @@ PATCHES = (
     Patch(
         ExperimentManager,
         "hyperparameters_optimization",
-        _hyperparameters_optimization,
+        name_best_trial,
         "-optimize: the number of the best trial, and the command that trains with it",
     ),
-    Patch(ExperimentManager, "load_trial", _load_trial, "--trial-id: a trial that was pruned, or is not there"),
+    Patch(ExperimentManager, "load_trial", load_trial, "--trial-id: a trial that was pruned, or is not there"),
     Patch(ExperimentManager, "create_callbacks", _create_callbacks, "checkpoints of --save-freq that can be resumed from"),
     Patch(
         ExperimentManager,
