@@ -13,6 +13,7 @@ import math
 import re
 import runpy
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import yaml
 from scipy import stats
 
-from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries
+from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries, make
 from sb3_klip.coefficients.parameters import Parameter
 from sb3_klip.experiments import paper
 from sb3_klip.variants import VARIANTS
@@ -93,6 +94,12 @@ def constants() -> str:
     """The same for the API reference, with the estimators."""
     asked = "\n".join(f"   - ``{name}``: {text}" for name, text in QUANTITIES.items()).replace("|", "\\|")
     return CONSTANTS.format(quantities=asked, estimators=", ".join(f'``"{name}"``' for name in ESTIMATORS))
+
+
+def policy_ratio() -> str:
+    """The coefficients that need a ratio of two policies, in the order of their families."""
+    members = [entry for module in FAMILY for entry in _members(module)]
+    return textwrap.fill(_code(entry.name for entry in members if make(entry.name).needs_policy_ratio), 127)
 
 
 def variants() -> str:
@@ -290,7 +297,7 @@ def _timed(name: str) -> str:
 TABLES = {
     each.__name__: each
     for each in (
-        *(coefficients, families, references, quantities, constants, variants, modules),
+        *(coefficients, families, references, quantities, constants, policy_ratio, variants, modules),
         *(speed, memory, sizes, times),
         *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
         *(reuse, reuse_long, reuse_gains, search, preset),

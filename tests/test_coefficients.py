@@ -134,51 +134,59 @@ def test_beta_is_that_of_the_published_objective(case, w, a, epsilon):
 # -- coefficients that know the probability of the action -------------------------------------------------------------------
 
 
-def dynamic_bounds(q):
-    return 0.5 + 0.5 * math.sqrt(max(1 - 4 * 0.16 / q, 0)), 0.5 + 0.5 * math.sqrt(1 + 4 * 0.2 / q)
+def dynamic_bounds(q, low=0.16, high=0.2):
+    return 0.5 + 0.5 * math.sqrt(max(1 - 4 * low / q, 0)), 0.5 + 0.5 * math.sqrt(1 + 4 * high / q)
 
 
-def dynamically_clipped(w, a, q):
-    lower, upper = dynamic_bounds(q)
+def dynamically_clipped(w, a, q, **parameters):
+    lower, upper = dynamic_bounds(q, **parameters)
     return th.min(w * a, w.clamp(lower, upper) * a)
 
 
-def clipped_by_probability(w, a, q):
+def clipped_by_probability(w, a, q, low=0.2, high=0.2):
     """DPPO's mask: the policy has moved too far, and the step leads on in that direction."""
-    diverged = (q * w - q).abs() > 0.2
-    masked = diverged & (((a > 0) & (w > 1)) | ((a < 0) & (w < 1)))
+    masked = ((q * w - q > high) & (a > 0)) | ((q - q * w > low) & (a < 0))
     return th.where(masked, w.detach(), w) * a
 
 
-def mass_adapted(w, a, q):
+def mass_adapted(w, a, q, sigma=1.0, sigma_max=10.0, alpha=0.3, beta_pos=0.03, beta_neg=0.03):
     """MASPO's Gaussian gate on the ratio, which has no gradient."""
-    width = min(max(1.0 / q**0.3, 1.0), 10.0)
-    risk = th.where(a > 0, 1 + 0.03 * a, 1 / (1 - 0.03 * a.clamp(max=0))).clamp(0.1, 10)
+    width = min(max(sigma / q**alpha, sigma), sigma_max)
+    risk = th.where(a > 0, 1 + beta_pos * a, 1 / (1 - beta_neg * a.clamp(max=0))).clamp(0.1, 10)
     gate = th.exp(-((w - 1) ** 2) / (2 * (width * risk) ** 2))
     outward = ((a > 0) & (w > 1)) | ((a < 0) & (w < 1))
     return th.where(outward, gate, 1.0).detach() * w * a
 
 
+#: Objective, where it has kinks, and parameters that differ from the defaults.
 OF_PROBABILITIES = {
-    "dynamic_clip": (dynamically_clipped, dynamic_bounds),
-    "probability_clip": (clipped_by_probability, lambda q: (1 - 0.2 / q, 1 + 0.2 / q)),
-    "mass_adaptive": (mass_adapted, lambda q: (1.0,)),
+    "dynamic_clip": (dynamically_clipped, dynamic_bounds, {"low": 0.1, "high": 0.3}),
+    "probability_clip": (
+        *(clipped_by_probability, lambda q, low=0.2, high=0.2: (1 - low / q, 1 + high / q)),
+        {"low": 0.1, "high": 0.3},
+    ),
+    "mass_adaptive": (
+        *(mass_adapted, lambda q, **parameters: (1.0,)),
+        {"sigma": 0.5, "sigma_max": 5.0, "alpha": 0.6, "beta_pos": 0.02, "beta_neg": 0.05},
+    ),
 }
 
 
+@pytest.mark.parametrize("given_parameters", [False, True], ids=["defaults", "other parameters"])
 @pytest.mark.parametrize("name", OF_PROBABILITIES)
 @given(
     w=st.floats(math.log(1e-3), math.log(1e3)).map(math.exp),
     a=st.floats(-400, 400).filter(lambda a: a == 0 or abs(a) > 1e-6),
     q=st.floats(math.log(1e-6), 0).map(math.exp),
 )
-def test_beta_is_that_of_the_published_objective_of_probabilities(name, w, a, q):
-    objective, kinks = OF_PROBABILITIES[name]
-    assume(all(abs(w - kink) > 1e-9 * (1 + kink) for kink in kinks(q)))
+def test_beta_is_that_of_the_published_objective_of_probabilities(name, given_parameters, w, a, q):
+    objective, kinks, others = OF_PROBABILITIES[name]
+    parameters = others if given_parameters else {}
+    assume(all(abs(w - kink) > 1e-9 * (1 + kink) for kink in kinks(q, **parameters)))
     ratio = th.tensor([w], dtype=th.float64, requires_grad=True)
     advantages, old_log_prob = th.tensor([a], dtype=th.float64), th.tensor([math.log(q)], dtype=th.float64)
-    slope = th.autograd.grad(objective(ratio, advantages, q).sum(), ratio)[0]
-    removal, _ = make(name)(ratio.detach(), advantages, 0.2, old_log_prob=old_log_prob)
+    slope = th.autograd.grad(objective(ratio, advantages, q, **parameters).sum(), ratio)[0]
+    removal, _ = make(name, **parameters)(ratio.detach(), advantages, 0.2, old_log_prob=old_log_prob)
     beta = per_sample_beta(ratio.detach(), advantages, removal)
     th.testing.assert_close(beta, ratio.detach() * (slope - advantages), rtol=1e-9, atol=1e-9 * (1 + w * abs(a)))
 
@@ -319,9 +327,13 @@ def test_for_one_of_two_even_actions_the_ratio_says_what_the_divergence_says(sig
 
 @given(q=st.floats(0.7, 1))
 def test_dynamic_clip_bounds_w_times_what_probability_clip_bounds(q):
-    lower, upper = dynamic_bounds(q)
-    for bound, change in ((upper, 0.2), (lower, -0.16)):
-        assert bound * q * (bound - 1) == pytest.approx(change)
+    old_log_prob = th.full_like(SOME_RATIOS, math.log(q))
+    good, bad = th.ones_like(SOME_RATIOS), -th.ones_like(SOME_RATIOS)
+    change = q * SOME_RATIOS * (SOME_RATIOS - 1)
+    removal, _ = make("dynamic_clip")(SOME_RATIOS, good, 0.2, old_log_prob=old_log_prob)
+    assert th.equal(removal == 1, change > 0.2)
+    removal, _ = make("dynamic_clip")(SOME_RATIOS, bad, 0.2, old_log_prob=old_log_prob)
+    assert th.equal(removal == 1, (change < -0.16) | (SOME_RATIOS < 0.5))  # q w (1 - w) falls again
 
 
 def test_tapered_is_truncated_for_bad_actions_and_supervised_for_good_ones():
@@ -577,6 +589,17 @@ def test_removals_of_hostile_ratios(name, advantage, clip_range):
 def test_an_infinite_ratio_that_is_removed_leaves_finite_gradients(name):
     log_prob = th.tensor([200.0, 0.1], requires_grad=True)
     gradient = th.autograd.grad(per_sample_kl_loss(log_prob, th.zeros(2), th.ones(2), name), log_prob)[0]
+    assert gradient[0] == 0
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in available() if make(name).estimator is None])
+def test_an_infinite_ratio_without_an_advantage_has_no_gradient(name):
+    log_prob, quantities = th.tensor([200.0, 0.1], requires_grad=True), {}
+    for asked in {*make(name).requests} - {"progress", "old_log_prob"}:
+        quantities[asked] = th.ones(2)
+    loss = per_sample_kl_loss(log_prob, th.zeros(2), th.tensor([0.0, 1.0]), name, **quantities)
+    gradient = th.autograd.grad(loss, log_prob)[0]
     assert gradient[0] == 0
     assert gradient.isfinite().all()
 

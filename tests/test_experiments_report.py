@@ -183,6 +183,15 @@ def test_runs_without_any_episode(tmp_path):
     assert "nan" not in text
 
 
+def test_parts_in_which_no_episode_ends_are_bridged(tmp_path):
+    result = made_up_result("Hopper-v4", "step", 0, 2000)
+    result.curve["return"] = np.linspace(0, 990, POINTS)
+    result.curve.loc[50:98, "return"] = np.nan
+    folder = write_results(tmp_path, [result])
+    assert main(["report", str(folder)]) == 0
+    assert table((folder / "report.md").read_text(), "## Mean return over all of training") == [["Hopper-v4", "495 (1)"]]
+
+
 def test_a_task_whose_first_episodes_are_long_is_compared(tmp_path):
     """With episodes of 1000 steps, none ends in the first 1 % of less than 100 000 steps."""
     results = [made_up_result("Hopper-v4", method, seed, 2000.0 + seed) for method in ("step", "fixed") for seed in range(3)]

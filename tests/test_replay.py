@@ -24,7 +24,7 @@ from sb3_klip.replay import (
     vtrace_advantages,
     weights_by_age,
 )
-from sb3_klip.surrogate import per_sample_kl
+from sb3_klip.surrogate import per_sample_beta, per_sample_kl
 
 # -- weights ---------------------------------------------------------------------------------------------------------------
 
@@ -263,6 +263,16 @@ def test_sampled_estimates_are_of_the_divergence_from_the_start_of_the_update(es
     )
     divergence = (start.exp() * (start - now)).sum()
     th.testing.assert_close((old.exp() * terms.estimate).sum(), divergence)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_beta_of_older_samples_is_that_of_the_gradient(estimator):
+    log_prob, old, advantages, centre = samples(3)
+    coefficient = make("fixed", value=0.7, estimator=estimator)
+    terms = per_sample_kl(log_prob, old, advantages, coefficient, 0.1, centre=centre)
+    (gradient,) = th.autograd.grad(terms.loss.sum(), log_prob)
+    beta = per_sample_beta(terms.ratio, advantages, terms.removal, terms.weight, estimator, centre)
+    th.testing.assert_close(-gradient, terms.ratio * advantages + beta)
 
 
 # -- what is reported ------------------------------------------------------------------------------------------------------

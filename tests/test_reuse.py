@@ -149,6 +149,37 @@ def test_what_coefficients_are_told():
         assert th.cat(kl).max() > 0
 
 
+def test_the_gradient_is_that_of_the_published_loss():
+    """GePPO's clip, the value loss and the entropy, all weighted by ω, with its normalised advantages (arXiv 2111.00072)."""
+    kwargs = {**FAST, "reuse": [0.5, 0.3, 0.2], "n_epochs": 2, "ent_coef": 0.01, "vf_coef": 0.7, "learning_rate": 3e-3}
+    model = KLipPPO("MlpPolicy", pendulum(), seed=0, **kwargs)
+    compute, compared = model._loss, []
+
+    def comparing(rollout_data, indices, update):
+        loss, minibatch = compute(rollout_data, indices, update)
+        omega, centre = update.replayed.at(indices)
+        values, log_prob, entropy = model.policy.evaluate_actions(rollout_data.observations, rollout_data.actions)
+        advantages, weighted = rollout_data.advantages, centre * omega * rollout_data.advantages
+        advantages = (advantages - weighted.mean() / (centre * omega).mean()) / weighted.std()
+        ratio, epsilon = (log_prob - rollout_data.old_log_prob).exp(), update.clip_range
+        policy = th.max(-ratio * advantages, -ratio.clamp(centre - epsilon, centre + epsilon) * advantages)
+        value = (values.flatten() - rollout_data.returns) ** 2
+        published = (omega * (policy + 0.7 * value - 0.01 * entropy)).mean()
+        parameters = list(model.policy.parameters())
+        pairs = zip(
+            *(th.autograd.grad(each, parameters, retain_graph=True) for each in (loss, published)),
+            strict=True,
+        )
+        for ours, expected in pairs:
+            th.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+        compared.append(omega.std().item() > 0.1 and centre.std().item() > 1e-4)
+        return loss, minibatch
+
+    model._loss = comparing
+    model.learn(64 * 4)
+    assert sum(compared) > 10
+
+
 def categorical_bounds(log_q, clip_range):
     """Where the divergence of q from r q, the other actions keeping their proportions, is that of q = 1/2 and r = 1 + ε."""
     q, delta = math.exp(log_q), -0.5 * math.log(1 - clip_range**2)
@@ -217,7 +248,7 @@ def test_age_is_zero_without_reuse():
     assert set(th.cat(seen).tolist()) == {0.0}
 
 
-@pytest.mark.parametrize("beta", ["step", "trust_region", "fixed", "adaptive", "quadratic", "position", "espo"])
+@pytest.mark.parametrize("beta", ["step", "trust_region", "fixed", "adaptive", "quadratic", "position", "espo", "topr"])
 @pytest.mark.parametrize("kwargs", [{}, {"clip_range_vf": 0.2, "ent_coef": 0.01, "target_kl": 0.1, "log_kl": True}])
 def test_every_kind_of_coefficient_trains(beta, kwargs):
     model, logs = train(KLipPPO, "MlpPolicy", pendulum, 64 * 5, **REUSE, beta=beta, **kwargs)

@@ -185,6 +185,20 @@ def test_the_default_gives_a_typical_action_the_usual_bound(epsilon, dimensions)
     assert factored_ratio_bounds(th.full((dimensions,), 0.5), delta)[1].item() == pytest.approx(1 + epsilon)
 
 
+@pytest.mark.parametrize("dimensions", [1, 2, 17])
+def test_the_default_of_small_clip_ranges(dimensions):
+    """It tends to ε²/d, without the loss of digits of a difference."""
+    for epsilon in (1e-3, 1e-5, 1e-8):
+        assert default_delta("gaussian", epsilon, dimensions) == pytest.approx(epsilon**2 / dimensions, rel=2 * epsilon)
+        assert default_delta("categorical", epsilon, dimensions) == pytest.approx(epsilon**2 / dimensions / 2, rel=2 * epsilon)
+
+
+def test_a_probability_that_is_rounded_to_more_than_one():
+    bounds = categorical_ratio_bounds(th.tensor([1.0 + 1e-7]), 0.02)
+    assert th.stack(bounds).isfinite().all()
+    th.testing.assert_close(th.stack(bounds), th.stack(categorical_ratio_bounds(th.tensor([1.0]), 0.02)))
+
+
 def test_the_default_as_published():
     assert default_delta("gaussian", 0.2, 3) == pytest.approx(0.01154, abs=5e-6)
     assert default_delta("categorical", 0.2, 1) == pytest.approx(-0.5 * math.log(1 - 0.2**2))
@@ -267,6 +281,7 @@ def test_bounds_of_a_rollout_are_those_of_its_actions():
         expected = gaussian_ratio_bounds(z, default_delta("gaussian", 0.2, 1))
         th.testing.assert_close(bounds[:, samples.indices].double(), th.stack(expected), rtol=1e-4, atol=1e-6)
     assert bounds.std(dim=1).min() > 0.01
-    product, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **FAST, beta="position", beta_kwargs={"base": "trgppo"})
-    assert product.beta.delta is None
+    base = {"base": "trgppo", "base_kwargs": {"delta": 0.02}}
+    product, _ = train(KLipPPO, "MlpPolicy", pendulum, 64, **FAST, beta="position", beta_kwargs=base)
+    assert product.beta.delta == 0.02
     assert product.beta.needs_ratio_bounds
