@@ -276,7 +276,10 @@ def _finals(suite: str) -> dict[tuple[str, str], str]:
 def _done(suite: str) -> str:
     definition = _suite(suite)
     cells = math.prod(len(definition[each]) for each in ("tasks", "methods", "seeds"))
-    return f"{len(_runs(suite))} of the suite's {cells} runs are done."
+    seeds = [run["seed"] for run in _runs(suite)]
+    done = sum(seed in definition["seeds"] for seed in seeds)
+    more = f", and {len(seeds) - done} with further seeds" if done < len(seeds) else ""
+    return f"{done} of the suite's {cells} runs are done{more}."
 
 
 def _suite(name: str) -> dict[str, Any]:
