@@ -133,6 +133,7 @@ def gain(rows: pd.DataFrame, method: str, reference: str, column: str = "score")
     is that of its linear part (the delta method).
 
     :param rows: as from :func:`with_scores`
+    :param reference: the one whose mean end has the score 1
     :param column: the score of the end of training, or ``area_score``
     """
     ours, theirs = (rows[rows["method"] == name] for name in (method, reference))
