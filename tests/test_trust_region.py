@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers import FAST, Counter, cartpole, pendulum, train
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sb3_contrib.common.envs import InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from scipy.optimize import brentq, minimize
@@ -75,6 +75,7 @@ def log_ratio_of(z, t):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=6), DELTAS)
+@example([0.012], 5.0)  # takes the most iterations
 def test_the_gaussian_that_attains_a_bound_is_as_far_away_as_allowed(z, delta):
     z = th.tensor(z, dtype=th.float64)
     pole = 1 / (1 + z.square().max().item())
@@ -181,8 +182,9 @@ def test_ends_of_the_range(solve):
 def test_the_default_gives_a_typical_action_the_usual_bound(epsilon, dimensions):
     delta = default_delta("gaussian", epsilon, dimensions)
     assert gaussian_ratio_bounds(th.zeros(dimensions), delta)[1].item() == pytest.approx(1 + epsilon)
-    delta = default_delta("categorical", epsilon, dimensions)
-    assert factored_ratio_bounds(th.full((dimensions,), 0.5), delta)[1].item() == pytest.approx(1 + epsilon)
+    for family in ("categorical", "bernoulli"):
+        delta = default_delta(family, epsilon, dimensions)
+        assert factored_ratio_bounds(th.full((dimensions,), 0.5), delta)[1].item() == pytest.approx(1 + epsilon)
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 17])
