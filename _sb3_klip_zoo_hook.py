@@ -31,7 +31,7 @@ class ZooWatch:
             from sb3_klip.zoo import register
 
             register()
-        except Exception as error:  # RL Zoo itself must go on working
+        except (Exception, SystemExit) as error:  # RL Zoo itself must go on working
             import warnings
 
             found = getattr(sys.modules.get("sb3_klip"), "__file__", None)

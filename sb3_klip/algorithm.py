@@ -9,6 +9,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.callback_state import callbacks_of
@@ -19,7 +20,9 @@ from sb3_klip.errors import did_you_mean
 from sb3_klip.fast.compiling import check_compile
 from sb3_klip.fast.rollouts import short_rollout
 from sb3_klip.reuse import SampleReuse
+from sb3_klip.rollout import non_finite_observation
 from sb3_klip.seam import DISTRIBUTIONS
+from sb3_klip.trust_region import default_delta
 
 
 class KLipAlgorithm(Checkpoints, SampleReuse):
@@ -141,6 +144,8 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self._check_action_space(coefficient)
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
+        if coefficient.needs_ratio_bounds and coefficient.delta is None and not isinstance(self.action_space, spaces.Box):
+            default_delta("categorical", self.clip_range(1.0), get_action_dim(self.action_space))
         action_dist = getattr(self.policy, "action_dist", None)
         needs_kl = coefficient.needs_kl or coefficient.needs_ratio_bounds or self.log_kl
         if needs_kl and not isinstance(action_dist, DISTRIBUTIONS):
@@ -165,6 +170,16 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             )
 
     def collect_rollouts(self, env: Any, callback: Any, rollout_buffer: Any, *args: Any, **kwargs: Any) -> bool:
-        """Collect experiences, as the base class does."""
-        with short_rollout(self.policy, env, rollout_buffer):
-            return super().collect_rollouts(env, callback, rollout_buffer, *args, **kwargs)
+        """
+        Collect experiences, as the base class does.
+
+        :raises ValueError: if the policy is given an observation from which it can compute no action
+        """
+        try:
+            with short_rollout(self.policy, env, rollout_buffer):
+                return super().collect_rollouts(env, callback, rollout_buffer, *args, **kwargs)
+        except ValueError as error:  # of the policy's distribution, which knows no observation
+            if self._last_obs is None or (found := non_finite_observation(self._last_obs)) is None:
+                raise
+            where = f"stopped at {self.num_timesteps} steps: {found[1]}, in environment {found[0]}"
+            raise ValueError(f"{type(self).__name__} {where}. {error}") from error

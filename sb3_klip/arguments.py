@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from operator import index
 from typing import Any, SupportsIndex
 
+from sb3_klip.errors import check_flag
 from sb3_klip.fast.compiling import check_compile
 from sb3_klip.replay import weights_by_age
 
@@ -16,8 +17,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     :raises ValueError: if one has a wrong value
     :raises TypeError: if one is of a wrong type
     """
-    if not isinstance(log_kl := given.get("log_kl", False), bool):
-        raise TypeError(f"log_kl={log_kl!r} must be True or False")
+    check_flag("log_kl", given.get("log_kl", False))
     # With 0 epochs, the base class would fail only after its first rollout.
     if not isinstance(n_epochs := given.get("n_epochs", 1), SupportsIndex) or index(n_epochs) < 1:
         raise ValueError(f"n_epochs={n_epochs!r} must be a whole number, at least 1")

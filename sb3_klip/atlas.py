@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -132,8 +133,8 @@ def check_clip_range(clip_range: float) -> None:
     :param clip_range: half-width ε
     :raises ValueError: if it is not between 0 and 1
     """
-    if not 0 < clip_range < 1:
-        raise ValueError(f"clip_range={clip_range} must be between 0 and 1")
+    if not isinstance(clip_range, Real) or not 0 < clip_range < 1:
+        raise ValueError(f"clip_range={clip_range!r} must be a number between 0 and 1")
 
 
 def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:

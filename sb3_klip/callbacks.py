@@ -4,6 +4,7 @@ import csv
 import os
 import pickle
 import warnings
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ class ResumableCheckpointCallback(CheckpointCallback):
     :param save_replay_buffer: Ignored, as there is no replay buffer
     :param save_vecnormalize: Whether to also write the ``VecNormalize`` statistics to a file, for other programs
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
-    :raises ValueError: if ``save_freq`` is not positive
+    :raises ValueError: if ``save_freq`` is not a number above 0
     :raises OSError: if the folder cannot be written to
     """
 
@@ -233,8 +234,9 @@ class ResumableCheckpointCallback(CheckpointCallback):
         save_vecnormalize: bool = False,
         verbose: int = 0,
     ):
-        if save_freq <= 0:
-            raise ValueError(f"save_freq={save_freq!r} must be positive")
+        frequency: Any = save_freq
+        if not (isinstance(frequency, Real) and float(frequency) > 0):
+            raise ValueError(f"save_freq={save_freq!r} must be a number above 0")
         super().__init__(save_freq, save_path, name_prefix, save_replay_buffer, save_vecnormalize, verbose)
         self._saved = 0
 

@@ -34,8 +34,12 @@ class Minibatch(NamedTuple):
     replayed: Replayed | None = None
 
     def shifted_ratio(self) -> th.Tensor:
-        """The ratio as the coefficient sees it; shape (B,)."""
+        """The ratio, moved so that it is 1 at the start of the update: w - c + 1; shape (B,)."""
         return self.terms.ratio if self.replayed is None else self.terms.ratio - self.replayed.centre + 1
+
+    def policy_ratio(self) -> th.Tensor:
+        """The ratio of the policy to that at the start of the update: w / c; shape (B,)."""
+        return self.terms.ratio if self.replayed is None else self.terms.ratio / self.replayed.centre
 
     def kl_estimates(self) -> th.Tensor:
         """The k3 estimates of KL(π_old ‖ π_new), or KL(π_k ‖ π_new) if π_old is of an earlier update; shape (B,)."""

@@ -8,6 +8,18 @@ class ArchitectureError(ValueError, RuntimeError):
     """Parameters of a policy of another architecture, for which torch, and so Stable-Baselines3, has a ``RuntimeError``."""
 
 
+def check_flag(name: str, value: object) -> None:
+    """
+    Refuse what is neither True nor False, as any text, also "False", would count as True.
+
+    :param name: the argument
+    :param value: what the user gave
+    :raises TypeError: if it is not a bool
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
+
+
 def did_you_mean(given: object, valid: Iterable[object]) -> str:
     """
     A sentence that names the nearest valid name, whatever its case, or nothing if none is near.

@@ -16,7 +16,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from sb3_klip.coefficients import Coefficient, make
+from sb3_klip.coefficients import Coefficient, available, make
 from sb3_klip.diagnostics import PERCENTILES
 from sb3_klip.errors import did_you_mean
 from sb3_klip.surrogate import per_sample_beta
@@ -84,16 +84,19 @@ def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str
     :raises TypeError: if ``given`` is of another type, or a parameter is unknown or of a wrong type
     """
     if isinstance(given, str):
-        name, _, settings = given.rpartition(":")
-        label, parameters = f"{name} ({settings.replace(',', ', ')})", dict[str, Any]()
-        if "=" in settings:
-            parameters = {key: _number(value) for key, _, value in (each.partition("=") for each in settings.split(","))}
+        name, separator, settings = given.rpartition(":")
+        pairs = [each.strip().partition("=") for each in settings.split(",")]
+        label, parameters = f"{name} ({', '.join(map(''.join, pairs))})", dict[str, Any]()
+        if separator and (name in available() or "=" in settings):
+            if missing := [key for key, equals, _ in pairs if key and not equals]:
+                raise ValueError(f"{given!r}: {missing[0]!r} has no value; write NAME:parameter=value,parameter=value")
+            parameters = {key: _number(value) for key, _, value in pairs}
         else:  # a plain name, or the function in module:function
             name = label = given
         coefficient = make(name, **parameters)
     elif callable(given):
         coefficient = make(given)
-        name = label = getattr(given, "__name__", repr(coefficient))
+        name, label = coefficient.name, getattr(given, "__name__", repr(coefficient))
     else:
         raise TypeError(f"{given!r} is no coefficient: give a name, as 'linear_ramp:width=0.2', a Coefficient or a function")
     if coefficient.estimator == "analytic":
@@ -102,8 +105,10 @@ def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str
             f"{given!r} penalises the analytic KL divergence, which cannot be drawn over ratio and advantage.{choice}"
         )
     if needs := [key for key in coefficient.requests if key != "progress"]:
+        # A program's own are in the atlas of that program alone.
+        atlas_has_it = "; the atlas has it" if coefficient.name in available() and ":" not in name else ""
         raise ValueError(
-            f"{given!r} cannot be drawn over ratio and advantage: it also depends on {' and '.join(needs)}; the atlas has it"
+            f"{given!r} cannot be drawn over ratio and advantage: it also depends on {' and '.join(needs)}{atlas_has_it}"
         )
     return label, coefficient
 
@@ -286,7 +291,9 @@ def _updates(log: pd.DataFrame, name: str) -> pd.DataFrame:
     missing = [key for key in NEEDED if key not in log]
     if missing or (log := log.dropna(subset=NEEDED)).empty:
         lacks = ", ".join(missing) or "complete row"
-        raise ValueError(f"{name} has no {lacks}: it is no log of KLip-PPO, or has no update yet")
+        raise ValueError(
+            f"{name} has no {lacks}: it is no log of KLip-PPO, or has no update yet, which is logged after the next rollout"
+        )
     return log
 
 

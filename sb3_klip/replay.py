@@ -56,12 +56,13 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     if isinstance(reuse, Integral) and not isinstance(reuse, bool):
         if reuse < 1:
             raise ValueError(f"reuse={reuse!r} must be {allowed}")
-        return np.full(int(reuse), 1 / int(reuse))
-    if not isinstance(reuse, (Sequence, np.ndarray)) or not all(isinstance(p, Real) for p in reuse) or isinstance(reuse, str):
+        return np.broadcast_to(1 / int(reuse), int(reuse))  # which takes no memory, whatever the number
+    is_sequence = isinstance(reuse, (Sequence, np.ndarray)) and not isinstance(reuse, str) and np.ndim(reuse) == 1
+    if not is_sequence or not all(isinstance(p, Real) for p in reuse):
         raise TypeError(f"reuse={reuse!r} must be {allowed}")
     weights = np.array(reuse, dtype=np.float64)
-    if not (weights >= 0).all():
-        raise ValueError(f"reuse={reuse!r} must have weights of 0 or more, and no NaN")
+    if not ((weights >= 0) & np.isfinite(weights)).all():
+        raise ValueError(f"reuse={reuse!r} must have finite weights of 0 or more")
     if not math.isclose(total := weights.sum(), 1, abs_tol=1e-6):
         advice = f"divided by their sum, they are {(weights / total).tolist()}" if total else f"it must be {allowed}"
         raise ValueError(f"reuse={reuse!r} must sum to 1, not {total:g}; {advice}")
@@ -106,11 +107,11 @@ def optimal_weights(batches: float, most: int = 20, tradeoff: float = 1.0) -> li
     :return: weights p, the newest rollout first; those below 0.01 are dropped
     :raises ValueError: if an argument is out of range
     """
-    if most < 1:
-        raise ValueError(f"most={most!r} must be at least 1")
-    if not 1 <= batches <= most:
+    if not isinstance(most, Integral) or most < 1:
+        raise ValueError(f"most={most!r} must be a whole number, at least 1")
+    if not isinstance(batches, Real) or not 1 <= batches <= most:
         raise ValueError(f"batches={batches!r} must be from 1 to most={most!r}")
-    if not 0 <= tradeoff <= 1:
+    if not isinstance(tradeoff, Real) or not 0 <= tradeoff <= 1:
         raise ValueError(f"tradeoff={tradeoff!r} must be from 0 to 1")
 
     def steepest(sample_size_is_kept: bool) -> float:
@@ -172,6 +173,7 @@ def vtrace_advantages(
     :param gae_lambda: λ
     :return: advantages and value targets, each of shape (n_steps, n_envs)
     """
+    rewards = rewards.astype(np.result_type(rewards, np.float32), copy=False)  # whole numbers, too
     truncated = np.minimum(ratios, 1).astype(rewards.dtype)
     goes_on = 1 - np.concatenate([episode_starts[1:], last_dones[None]]).astype(rewards.dtype)
     next_values = np.concatenate([values[1:], last_values[None]])

@@ -100,11 +100,43 @@ def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
         # Where a time limit ends an episode, SB3 adds the value of its last observation.
         ends = step + 1 < len(rewards) and buffer.episode_starts[step + 1, env]
         what = "the reward, or the value of the observation that ended the episode," if ends else "the reward"
-        return f"{what} is {rewards[step, env]}, {place(step, env)}"
+        others = (~np.isfinite(rewards[step])).sum() - 1
+        spread = f" and {others} more (VecNormalize makes all rewards of a step NaN if one is)" if others else ""
+        return f"{what} is {rewards[step, env]}, {place(step, env)}{spread}"
     step, env = np.argwhere(~np.isfinite(advantages))[-1]
     if step % n_steps == n_steps - 1:
         return f"{_valued(last_obs, (env,))} {advantages[step, env]}, after the last step of the rollout, in environment {env}"
     return f"rewards are too large: their sum is {advantages[step, env]}, {place(step, env)}"
+
+
+def non_finite_observation(observations: Any) -> tuple[int, str] | None:
+    """
+    The first observation that has a NaN or infinite element.
+
+    :param observations: an array, or a dict of arrays; the first dimension is that of the environments or samples
+    :return: its index, and a clause that names the element; None if all are finite
+    """
+    for key, array in observations.items() if isinstance(observations, dict) else [("", observations)]:
+        elements = np.asarray(array, dtype=float)
+        for place in np.argwhere(~np.isfinite(elements)).tolist():
+            where = "".join(f"[{part!r}]" for part in (*filter(None, [key]), *place[1:]))
+            return place[0], f"observation{where} is {elements[tuple(place)]}"
+    return None
+
+
+def non_finite_sample(buffer: Any, n_steps: int) -> str | None:
+    """
+    The first observation of a rollout that has a NaN or infinite element.
+
+    :param buffer: any rollout buffer, from which samples have been drawn
+    :param n_steps: number of steps of a rollout
+    :return: a clause that names the element, its step and its environment; None if all are finite, or the buffer has its own
+        way to hand out samples
+    """
+    if not has_columns(buffer) or (found := non_finite_observation(buffer.observations)) is None:
+        return None
+    env, step = divmod(found[0], buffer.buffer_size)
+    return f"{found[1]}, at step {step % n_steps + 1} of the rollout's {n_steps}, in environment {env}"
 
 
 def _valued(observations: Any, place: tuple[int, ...]) -> str:

@@ -146,8 +146,11 @@ class Seam(OnPolicyAlgorithm):
         for samples in self.evaluate_rollout(at_least=512):
             snapshot.store(samples.indices, samples.mask, self.policy)
             actions = self._actions(samples.rollout_data)
-            if (bijector := getattr(self.policy.action_dist, "bijector", None)) is not None:
-                actions = bijector.inverse(actions)
+            action_dist: Any = self.policy.action_dist
+            if isinstance(action_dist, distributions.SquashedDiagGaussianDistribution):
+                actions = distributions.TanhBijector.inverse(actions)
+            elif getattr(action_dist, "bijector", None) is not None:  # of squashed gSDE
+                actions = action_dist.bijector.inverse(actions)
             drawn = drawn if len(drawn) else actions.new_empty(size, *actions.shape[1:])
             drawn[samples.indices] = actions if samples.mask is None else actions[samples.mask]
         bounds = policy_ratio_bounds(snapshot.family, snapshot.parameters, drawn, clip_range, delta)

@@ -351,9 +351,9 @@ def per_sample_kl_loss(
     :param quantities: further quantities that the coefficient requests, by name, beyond ratio, advantages, clip range and
         ``old_log_prob`` (see :data:`sb3_klip.coefficients.QUANTITIES`); a ``kl`` that is penalised must be differentiable
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
-    :raises ValueError: if shapes differ, ``coefficient``, ``reduction`` or ``ratio`` is unknown, or a requested quantity is
-        missing
-    :raises TypeError: if ``log_prob`` has no floating dtype, or ``mask`` is not boolean
+    :raises ValueError: if shapes differ, ``coefficient``, ``reduction`` or ``ratio`` is unknown, a requested quantity is
+        missing, or a ``kl`` that is penalised has no gradient
+    :raises TypeError: if ``log_prob`` has no floating dtype, ``mask`` is not boolean, or there is no such argument
     """
     log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
     if reduction not in REDUCTIONS:
@@ -364,13 +364,24 @@ def per_sample_kl_loss(
         if value.startswith("sequence") and log_prob.ndim != 2:
             raise ValueError(f"{argument}={value!r} needs shape (B, T), not {tuple(log_prob.shape)}")
     # Only here: the coefficients are made of this module's functions.
-    from sb3_klip.coefficients import make
+    from sb3_klip.coefficients import QUANTITIES, make
 
+    if unknown := next((name for name in quantities if name not in QUANTITIES), None):
+        hint = did_you_mean(unknown, [*QUANTITIES, "coefficient", "clip_range", "mask", "reduction", "ratio"])
+        raise TypeError(
+            f"per_sample_kl_loss has no argument {unknown!r}.{hint} Parameters of a coefficient are given when it is made: "
+            "make('linear_ramp', width=0.1)."
+        )
+    coefficient = make(coefficient)
+    kl = quantities.get("kl")
+    differentiates = log_prob.requires_grad and th.is_grad_enabled()
+    if differentiates and coefficient.estimator == "analytic" and isinstance(kl, th.Tensor) and not kl.requires_grad:
+        raise ValueError(f"kl must be differentiable, as {coefficient!r} penalises it, but it has no gradient")
     if isinstance(clip_range, th.Tensor):
         clip_range = clip_range.to(log_prob)
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
     log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
-    terms = per_sample_kl(log_prob, old_log_prob, advantages, make(coefficient), clip_range, log_ratio=log_ratio, **quantities)
+    terms = per_sample_kl(log_prob, old_log_prob, advantages, coefficient, clip_range, log_ratio=log_ratio, **quantities)
     loss = terms.loss
     if reduction == "mean":
         return masked_mean(loss, mask)

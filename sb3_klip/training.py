@@ -4,6 +4,7 @@ The update that all variants share: PPO's inner loop, with the per-sample KL sur
 :meth:`PerSampleKLTraining.train` is the algorithm, from top to bottom; what it calls follows in the order of the calls.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from sb3_klip.fast.optimizer import Step, optimizer_step
 from sb3_klip.fast.sequences import short_sequences
 from sb3_klip.fast.whole_step import can_be_one_step, whole_step
 from sb3_klip.replay import Replayed, normalized_advantages
-from sb3_klip.rollout import episode_positions, indexed_minibatches, non_finite
+from sb3_klip.rollout import episode_positions, indexed_minibatches, non_finite, non_finite_sample
 from sb3_klip.seam import Seam
 from sb3_klip.surrogate import masked_mean, per_sample_kl
 
@@ -126,6 +127,13 @@ class PerSampleKLTraining(Seam):
         coefficient.set_progress(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
         clip_range: Any = self._present_clip_range()
+        rates = [group.get("lr", 0.0) for group in self.policy.optimizer.param_groups]
+        for name, numbers in (("learning_rate", rates), ("clip_range", [clip_range])):
+            if any(math.isnan(float(number)) for number in numbers):
+                raise ValueError(
+                    f"{name} is nan at progress_remaining={self._current_progress_remaining:g}, after {self.num_timesteps} "
+                    "steps: its schedule must return a number. The policy is as it was before this update."
+                )
         if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
             warnings.warn(
                 f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}", stacklevel=4
@@ -304,7 +312,8 @@ class PerSampleKLTraining(Seam):
                 if self.verbose >= 1:
                     print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                 return True
-        if coefficient.stop(minibatch.shifted_ratio(), minibatch.mask):
+        ratio = minibatch.policy_ratio() if coefficient.needs_policy_ratio else minibatch.shifted_ratio()
+        if coefficient.stop(ratio, minibatch.mask):
             if self.verbose >= 1:
                 print(f"Early stopping at step {epoch} due to the coefficient {coefficient!r}")
             return True
@@ -354,6 +363,11 @@ class PerSampleKLTraining(Seam):
     ) -> NoReturn:
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""
         epoch, minibatch, problem = log.first_non_finite()
+        advice = (
+            "Try a smaller learning rate or fewer epochs, or a coefficient that removes such samples."
+            if (observation := non_finite_sample(self.rollout_buffer, self.n_steps)) is None
+            else "Environments must return finite observations."
+        )
         with th.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
@@ -362,6 +376,5 @@ class PerSampleKLTraining(Seam):
         raise ValueError(
             f"{type(self).__name__} with beta={self.beta!r} stopped at {self.num_timesteps} steps "
             f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: "
-            f"{problem}. The policy was set back to the parameters from before this update. Try a smaller learning rate or "
-            "fewer epochs, or a coefficient that removes such samples."
+            f"{observation or problem}. The policy was set back to the parameters from before this update. {advice}"
         ) from cause

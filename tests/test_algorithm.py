@@ -21,11 +21,13 @@ from sb3_klip.coefficients import make
         ({"beta": "linear_ramp", "beta_kwargs": {"width": -1}}, ValueError, "0 <= value"),
         ({"beta_kwargs": {"width": 1}}, TypeError, "'step' has no parameter 'width'"),
         ({"beta_kwargs": "width"}, TypeError, "beta_kwargs must be a dict"),
+        ({"beta_kwargs": {1: 2}}, TypeError, r"beta_kwargs=\{1: 2\} must have names of parameters as its keys"),
         ({"beta": None}, TypeError, "beta must be the name"),
         ({"log_kl": "False"}, TypeError, "log_kl='False' must be True or False"),
         ({"n_epochs": 0}, ValueError, "n_epochs=0 must be a whole number, at least 1"),
         ({"n_epochs": 2.5}, ValueError, "n_epochs=2.5 must"),
         ({"beta": "quadratic", "clip_range": 0.0}, ValueError, "clip_range=0 must be positive"),
+        ({"beta": "trgppo", "clip_range": 1.0}, ValueError, "clip_range=1 must be less than 1, unless delta is given"),
         ({"beta": "quadratic", "clip_range": lambda progress: -progress}, ValueError, "clip_range=-1 must be positive"),
     ],
 )

@@ -1,6 +1,7 @@
 """Callbacks: the log as CSV, histograms of β, checkpoints to resume from, and the comparison with PPO."""
 
 import gc
+import math
 import re
 import warnings
 from pathlib import Path
@@ -173,8 +174,9 @@ def test_csv_log_of_a_training_that_did_not_begin(tmp_path):
 
 
 def test_the_callback_refuses_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save_freq=0 must be positive"):
-        ResumableCheckpointCallback(0, str(tmp_path))
+    for frequency in (0, math.nan, "10"):
+        with pytest.raises(ValueError, match=f"save_freq={frequency!r} must be a number above 0"):
+            ResumableCheckpointCallback(frequency, str(tmp_path))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="for the algorithms of sb3-klip, not for PPO"):
         PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL).learn(64, callback=ResumableCheckpointCallback(1, str(tmp_path)))
     (tmp_path / "file").write_text("")

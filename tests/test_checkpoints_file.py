@@ -151,6 +151,16 @@ def test_a_file_that_was_cut_off(tmp_path):
         trained(KLipPPO, "box")[0].set_parameters(path)
 
 
+@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth", "pytorch_variables.pth"])
+@pytest.mark.parametrize("part", [lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: b"hello"])
+def test_weights_that_were_cut_off_in_a_whole_file(member, part):
+    """As where a checkpoint was unpacked, copied in part, and zipped again."""
+    inside = members(trained(KLipPPO, "box")[1])
+    broken = zipped({**inside, member: part(inside[member])}, zipfile.ZIP_STORED)
+    with pytest.raises(ValueError, match=f"BytesIO is damaged: {member} in it cannot be read"):
+        load(broken)
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("member", ["data", "policy.pth", "policy.optimizer.pth", "pytorch_variables.pth", "system_info.txt"])
 def test_a_flipped_byte(member, compression):

@@ -247,6 +247,9 @@ def test_a_resumed_run_goes_on_with_what_its_coefficient_has_learned(tmp_path):
     [
         ({"n_epochs": 0}, ValueError, "n_epochs=0 must be a whole number, at least 1"),
         ({"log_kl": "yes"}, TypeError, "log_kl='yes' must be True or False"),
+        ({"trusted": "False"}, TypeError, "trusted='False' must be True or False"),
+        ({"resume": "no"}, TypeError, "resume='no' must be True or False"),
+        ({"trustd": False}, TypeError, "no argument 'trustd'. Did you mean 'trusted'?"),
         ({"compile": {"backend": "nope"}}, ValueError, "backend='nope' must be one of"),
         ({"compile": 1}, TypeError, "compile must be True, False or a dict"),
     ],

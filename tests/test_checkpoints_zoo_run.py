@@ -96,6 +96,14 @@ def test_a_function_in_untrusted_statistics(tmp_path):
         load_vecnormalize(tmp_path / "vecnormalize.pkl", DummyVecEnv([lambda: task("box")]), trusted=False)
 
 
+def test_statistics_for_what_is_no_vec_env(tmp_path):
+    path = saved_statistics(normalized(), tmp_path / "vecnormalize.pkl")
+    with pytest.raises(TypeError, match=r"venv=.* must be a VecEnv, as make_vec_env returns"):
+        load_vecnormalize(path, task("box"))
+    with pytest.raises(TypeError, match="trusted='no' must be True or False"):
+        load_vecnormalize(path, DummyVecEnv([lambda: task("box")]), trusted="no")
+
+
 def test_statistics_of_other_spaces(tmp_path):
     path = saved_statistics(normalized(), tmp_path / "vecnormalize.pkl")
     other = spaces.Box(-np.inf, np.inf, (4,), np.float64)

@@ -522,6 +522,7 @@ def test_composition_with_a_penalty():
     _, weight = coefficient(th.ones(2), th.ones(2), 0.2, position=th.zeros(2))
     assert weight.tolist() == [1.0, 1.0]
     assert coefficient.state_dict() == {"value": 2.0}
+    assert repr(coefficient).endswith("horizon=1000.0), now value=2.0")
     assert make("position", base="trust_region").requests == ("position", "kl")
 
 

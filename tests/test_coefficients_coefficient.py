@@ -74,6 +74,28 @@ def test_functions_that_do_not_fit_are_refused(function, error, message):
         make(function)
 
 
+@pytest.mark.parametrize("argument", ["ratio", "advantages"])
+def test_functions_that_change_what_they_are_given_are_refused(argument):
+    """The loss is computed from the same tensors."""
+
+    def flips(ratio, advantages, clip_range):
+        {"ratio": ratio, "advantages": advantages}[argument].neg_()
+        return th.zeros_like(ratio)
+
+    with pytest.raises(ValueError, match=f"must return new tensors, but it changes '{argument}' in place"):
+        make(flips)
+
+
+def test_a_schedule_at_whose_end_it_fails_is_shown_with_its_value():
+    def ramp(ratio, advantages, clip_range, *, width=0.1):
+        return ((ratio - 1) / width).clamp(0, 1)
+
+    with pytest.raises(ValueError, match=r"must be finite, but is \[nan.* for width=0.0 at 100% of training and ratio"):
+        make(ramp, width="lin_0.2")
+    with pytest.raises(ValueError, match=r"must be finite, but is .*\] for ratio"):
+        make(ramp, width=0.0)
+
+
 class Methods:
     """Of an object, what is called in training, or when it is saved."""
 

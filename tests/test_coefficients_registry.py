@@ -99,6 +99,13 @@ BAD = [
     (None, {}, TypeError, "not None. .*beta='none'"),
     (True, {}, TypeError, "not True.$"),
     ("position", {"base": "position"}, ValueError, "base='position' is itself scaled by the position"),
+    ("position", {"base": "stp"}, ValueError, "^base='stp' with base_kwargs=None of 'position'.*Did you mean 'step'"),
+    ("position", {"base_kwargs": 3}, TypeError, "^base='step' with base_kwargs=3 of 'position'"),
+    ("position", {"base_kwargs": {"width": 1}}, TypeError, "^base='step' with base_kwargs={'width': 1}"),
+    ("linear_ramp:width=0.2", {}, ValueError, "Parameters are given as beta_kwargs, and the name alone as beta='linear_ramp'"),
+    ("linear_ramp", {"width": "1e-2"}, TypeError, "not '1e-2' \\(YAML reads 1e-2 as text: write 0.01"),
+    ("linear_ramp", {"width": lambda progress: None}, TypeError, "width of 'linear_ramp' .* fails at 1: float"),
+    ("linear_ramp", {"width": lambda: 1}, TypeError, "width of 'linear_ramp' .* fails at 1: .* takes 0 positional"),
 ]
 
 
@@ -113,6 +120,34 @@ def test_a_name_is_taken_once():
         register("step")(lambda ratio, advantages, clip_range: ratio)
     with pytest.raises(ValueError, match="'spo' is already taken"):
         register("mine", "spo")(lambda ratio, advantages, clip_range: ratio)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((3,), ValueError, "the name of a coefficient must be a word, without .* not 3"),
+        (("mine", ""), ValueError, "must be a word, .* not ''"),
+        (("module:function",), ValueError, "must be a word, without space, colon, .* not 'module:function'"),
+        ((lambda ratio, advantages, clip_range: ratio,), TypeError, "register needs a name: @register"),
+    ],
+)
+def test_a_name_is_a_word(arguments, error, message):
+    with pytest.raises(error, match=message):
+        register(*arguments)
+
+
+def test_ranges_are_of_parameters():
+    class Limited:
+        def __init__(self, limit):
+            self.limit = limit
+
+        def __call__(self, ratio, advantages, clip_range, *, width=0.1):
+            return 0 * ratio
+
+    with pytest.raises(TypeError, match=r"search of the coefficient 'mine' has 'wdth', .* Did you mean 'width'"):
+        register("mine", search={"limit": (1.0, 2.0), "wdth": (0.1, 1.0)})(Limited)
+    with pytest.raises(ValueError, match="'mine' is not a coefficient"):
+        make("mine")
 
 
 def test_registering_anew_leaves_nothing_of_before(monkeypatch):
@@ -213,7 +248,8 @@ def test_a_class_takes_arguments_of_its_constructor():
     assert coefficient.state_dict() == {"count": 3}
     with pytest.raises(TypeError, match=r"needs 'step' in beta_kwargs, for the constructor of Counting"):
         make(NAME, scale=0.5)
-    with pytest.raises(TypeError, match="no parameter 'stp'"):
+    takes = r"It takes: step \(required\); start \(.*default 0\); scale \(.*\)"
+    with pytest.raises(TypeError, match=f"no parameter 'stp'. Did you mean 'step'. {takes}"):
         make(NAME, step=3, stp=1)
 
 

@@ -118,6 +118,13 @@ def test_all_mistakes_at_once(refused, tmp_path):
         assert expected in line
 
 
+def test_a_mistake_of_the_whole_hides_none_of_the_parts(refused, tmp_path):
+    suite = write_suite(tmp_path, tasks=["CartPole-v1", "Nope-v1"], methods={"mine": {"beta": "stpe"}}, seeds=[0, -1])
+    lines = refused("--suite", suite).splitlines()[1:]
+    for line, expected in zip(lines, ("seeds must be", "unknown task 'Nope-v1'", "'stpe' is not a coefficient"), strict=True):
+        assert expected in line
+
+
 def test_all_mistakes_of_the_whole_at_once(refused, tmp_path):
     (tmp_path / "mine.yml").write_text("tsks: [CartPole-v1]\nseeds: [a]\nmethods: []\nhyperparams: 3\ntimesteps: -5\n")
     lines = refused("--suite", "mine.yml").splitlines()[1:]

@@ -69,6 +69,16 @@ def test_masks_that_forbid_every_action():
         KLipMaskablePPO("MlpPolicy", env, **FAST).learn(64)
 
 
+class OneTooMany(Counter):
+    def action_masks(self):
+        return np.full(3, True)
+
+
+def test_masks_of_another_size():
+    with pytest.raises(ValueError, match=r"action_masks\(\) must have 2 entries .* environments have the shape \(1, 3\)"):
+        KLipMaskablePPO("MlpPolicy", OneTooMany(), **FAST).learn(64)
+
+
 def test_environment_without_masks():
     with pytest.raises(ValueError, match="ActionMasker"):
         KLipMaskablePPO("MlpPolicy", "CartPole-v1", **FAST).learn(64)

@@ -222,6 +222,11 @@ def test_coefficients_as_python_has_them():
     assert len([axis for axis in landscape().axes if axis.images]) == len(plot.DEFAULTS["landscape"])
 
 
+def in_states(ratio, advantages, clip_range, kl):
+    """A coefficient that is in no atlas."""
+    return 0 * kl
+
+
 @pytest.mark.parametrize("draw", [gradient, distribution])
 def test_a_figure_from_python_is_that_of_the_command_line(draw, run, tmp_path):
     given = (run,) if draw is distribution else ()
@@ -241,7 +246,18 @@ def test_a_figure_from_python_is_that_of_the_command_line(draw, run, tmp_path):
         ),
         (lambda: landscape("step", None), TypeError, "None is no coefficient"),
         (lambda: gradient("stp"), ValueError, "Did you mean 'step'"),
-        (lambda: gradient("step", clip_range=2), ValueError, "clip_range=2 must be between 0 and 1"),
+        (lambda: gradient("step", clip_range=2), ValueError, "clip_range=2 must be a number between 0 and 1"),
+        (lambda: gradient("step", clip_range="a"), ValueError, "clip_range='a' must be a number between 0 and 1"),
+        (
+            lambda: gradient("linear_ramp(width=0.1)"),
+            ValueError,
+            "'linear_ramp.width=0.1.' is not a coefficient. Did you mean",
+        ),
+        (lambda: gradient("linear_ramp:width"), ValueError, "'width' has no value; write NAME:parameter=value"),
+        (lambda: gradient(make("fixed")), ValueError, "Its estimates can be: 'fixed:estimator=k3', or k1"),
+        (lambda: gradient("position"), ValueError, "it also depends on position; the atlas has it"),
+        (lambda: gradient(in_states), ValueError, "it also depends on kl$"),
+        (lambda: atlas("step"), ValueError, "clip_range='step' must be a number"),
         (lambda: atlas(size="colum"), ValueError, "size='colum' must be one of readme, column. Did you mean 'column'"),
         (lambda: atlas(0.0), ValueError, "clip_range=0.0"),
         (lambda: distribution(3), TypeError, "run must be the path of a progress.csv, of a TensorBoard log or of a folder"),

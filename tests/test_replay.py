@@ -113,7 +113,10 @@ def test_small_weights_are_dropped():
     [
         ((0.5,), "batches=0.5 must be from 1 to most=20"),
         ((21,), "batches=21 must be from 1 to most=20"),
-        ((2, 0), "most=0 must be at least 1"),
+        ((2, 0), "most=0 must be a whole number, at least 1"),
+        ((2, 2.5), "most=2.5 must be a whole number, at least 1"),
+        (("2",), "batches='2' must be from 1 to most=20"),
+        ((2, 20, "a"), "tradeoff='a' must be from 0 to 1"),
         ((2, 20, 1.5), "tradeoff=1.5 must be from 0 to 1"),
     ],
 )
@@ -131,8 +134,10 @@ def test_optimal_weights_refuse(arguments, message):
         (True, TypeError, "reuse=True must be a whole number"),
         ([], ValueError, "must sum to 1, not 0"),
         ([0.5, "0.5"], TypeError, "must be a whole number"),
-        ([1.5, -0.5], ValueError, "weights of 0 or more, and no NaN"),
-        ([float("nan"), 1.0], ValueError, "weights of 0 or more, and no NaN"),
+        (np.array(3), TypeError, r"reuse=array\(3\) must be a whole number"),
+        ([1.5, -0.5], ValueError, "finite weights of 0 or more"),
+        ([float("nan"), 1.0], ValueError, "finite weights of 0 or more"),
+        ([float("inf"), 0.0], ValueError, "finite weights of 0 or more"),
         ([2, 2], ValueError, r"must sum to 1, not 4; divided by their sum, they are \[0.5, 0.5\]"),
         ([0.0, 1.0], ValueError, "weight above 0 for the newest rollout"),
     ],
@@ -186,6 +191,16 @@ def test_without_a_change_of_policy_it_is_gae_to_the_last_bit():
     advantages, targets = vtrace_advantages(**{**data, "ratios": np.ones((23, 3), np.float32)}, gamma=0.97, gae_lambda=0.9)
     np.testing.assert_array_equal(advantages, buffer.advantages)
     np.testing.assert_array_equal(targets, buffer.returns)
+
+
+def test_vtrace_of_whole_rewards():
+    data = rollout(0)
+    whole = np.round(data["rewards"]).astype(int)
+    given = {"gamma": 0.97, "gae_lambda": 0.9}
+    got = vtrace_advantages(**{**data, "rewards": whole}, **given)
+    expected = vtrace_advantages(**{**data, "rewards": whole.astype(float)}, **given)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------------

@@ -379,6 +379,31 @@ def test_an_lstm_cannot_reuse():
         KLipRecurrentPPO("MlpLstmPolicy", cartpole(), reuse=2)
 
 
+@pytest.mark.parametrize("needs_policy_ratio", [False, True])
+def test_a_coefficient_stops_on_the_ratio_that_it_is_evaluated_at(needs_policy_ratio):
+    class Watching:
+        def __init__(self):
+            self.seen, self.asked = [], []
+
+        def __call__(self, ratio, advantages, clip_range):
+            self.seen.append(ratio.clone())
+            return th.zeros_like(ratio)
+
+        def stop(self, ratio):
+            self.asked.append(ratio.clone())
+            return False
+
+    coefficient = Watching()
+    coefficient.needs_policy_ratio = needs_policy_ratio
+    model = KLipPPO("MlpPolicy", cartpole(), **FAST, seed=0, device="cpu", beta=coefficient, reuse=2).learn(192)
+    function = model.beta.function
+    pairs = list(zip(function.seen[-len(function.asked) :], function.asked, strict=True))
+    assert len(pairs) >= 6
+    for seen, asked in pairs:
+        th.testing.assert_close(seen, asked, rtol=1e-5, atol=1e-6)
+    assert any((seen - 1).abs().max() > 0.01 for seen, _ in pairs)
+
+
 def test_a_buffer_that_is_not_known_is_refused():
     class Own(RolloutBuffer):
         pass
@@ -389,12 +414,15 @@ def test_a_buffer_that_is_not_known_is_refused():
 
 def test_more_than_fits_into_memory_is_refused(monkeypatch):
     monkeypatch.setattr("sb3_klip.reuse._memory", lambda: 300_000)
-    with pytest.raises(ValueError, match=r"reuse=4 with n_steps=2048 needs .* 4 rollouts.* n_steps=\d+ would fit") as error:
+    message = r"reuse=4 with n_steps=2048 needs .* 4 rollouts.* n_steps=\d+ or reuse=1 would fit"
+    with pytest.raises(ValueError, match=message) as error:
         KLipPPO("MlpPolicy", cartpole(), reuse=4)
     fits = int(str(error.value).split("n_steps=")[2].split()[0])
     KLipPPO("MlpPolicy", cartpole(), reuse=4, n_steps=fits)
     with pytest.raises(ValueError, match="would fit"):
         KLipPPO("MlpPolicy", cartpole(), reuse=4, n_steps=fits + 10)
+    with pytest.raises(ValueError, match=r"needs .* for 10{13} rollouts.*: reuse=\d+ would fit"):
+        KLipPPO("MlpPolicy", cartpole(), reuse=10**13, n_steps=8)
 
 
 def test_what_is_kept_is_said(capsys):

@@ -256,6 +256,18 @@ def test_bad_input_names_the_argument():
         kl_estimate("k2", ones, ones)
     with pytest.raises(ValueError, match="kl"):
         kl_estimate("analytic", ones, ones)
+    with pytest.raises(TypeError, match=r"no argument 'clip_rnge'. Did you mean 'clip_range'\?"):
+        per_sample_kl_loss(ones, ones, ones, clip_rnge=0.1)
+    with pytest.raises(TypeError, match=r"no argument 'width'.* make\('linear_ramp', width=0.1\)"):
+        per_sample_kl_loss(ones, ones, ones, "linear_ramp", width=0.1)
+
+
+def test_a_penalty_without_gradient_is_refused():
+    log_prob, old = th.zeros(4, requires_grad=True), th.zeros(4)
+    with pytest.raises(ValueError, match=r"kl must be differentiable, as fixed\(.*\) penalises it"):
+        per_sample_kl_loss(log_prob, old, old, "fixed", kl=th.ones(4))
+    with th.no_grad():
+        assert per_sample_kl_loss(log_prob, old, old, "fixed", kl=th.ones(4)).item() == 1.0
 
 
 # -- tokens ----------------------------------------------------------------------------------------------------------------

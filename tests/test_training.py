@@ -13,7 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_klip import KLipPPO
 from sb3_klip.coefficients import available, make, register
@@ -130,6 +130,73 @@ def test_what_makes_advantages_nan_is_named_before_the_update(trouble, at, messa
     ):
         model.learn(64, callback=keep)
     assert all(th.equal(tensor, after_one_update[1][name]) for name, tensor in model.policy.state_dict().items())
+
+
+class Faulty(gym.Env):
+    """From its tenth step on, an element of its observations is not finite."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, value, is_dict):
+        box = spaces.Box(-1, 1, (3,), np.float32)
+        self.observation_space = spaces.Dict({"seen": box}) if is_dict else box
+        self.value, self.is_dict, self.steps = value, is_dict, 0
+
+    def seen(self):
+        array = np.array([0.1, self.value if self.steps >= 10 else 0.2, 0.3], np.float32)
+        return {"seen": array} if self.is_dict else array
+
+    def reset(self, *, seed=None, options=None):
+        return self.seen(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.seen(), 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("is_dict", [False, True])
+def test_the_observation_with_which_a_policy_has_no_action_is_named(is_dict):
+    env = DummyVecEnv([lambda: Faulty(0.0, is_dict), lambda: Faulty(np.nan, is_dict)])
+    model = KLipPPO("MultiInputPolicy" if is_dict else "MlpPolicy", env, n_steps=16, batch_size=8, device="cpu")
+    element = r"\['seen'\]\[1\]" if is_dict else r"\[1\]"
+    with pytest.raises(ValueError, match=rf"KLipPPO stopped at 20 steps: observation{element} is nan, in environment 1\. "):
+        model.learn(64)
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_an_infinite_observation_is_named(reuse):
+    """A policy with tanh has actions for it, and only its gradient is NaN."""
+    env = DummyVecEnv([lambda: Faulty(0.0, False), lambda: Faulty(np.inf, False)])
+    model = KLipPPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=2, device="cpu", reuse=reuse)
+    message = r"observation\[1\] is inf, at step 3 of the rollout's 8, in environment 1\..* must return finite observations"
+    with pytest.raises(ValueError, match=rf"KLipPPO .* stopped at 32 steps .*, as the gradient is not finite: {message}"):
+        model.learn(64)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "clip_range"])
+def test_a_schedule_that_is_nan_is_named(name):
+    model = KLipPPO(
+        "MlpPolicy", cartpole(), **{**FAST, name: lambda progress: math.nan if progress < 0.6 else 0.1}, device="cpu"
+    )
+    with pytest.raises(ValueError, match=f"{name} is nan at progress_remaining=0.5, after 64 steps: its schedule must"):
+        model.learn(128)
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_a_reward_that_vecnormalize_spreads_is_said_to_be_of_several():
+    class Unrewarding(Faulty):
+        def step(self, action):
+            seen, _, *rest = super().step(action)
+            return seen, np.nan if self.value and self.steps == 10 else 1.0, *rest
+
+        def seen(self):
+            return np.zeros(3, np.float32)
+
+    env = VecNormalize(DummyVecEnv([lambda: Unrewarding(0.0, False), lambda: Unrewarding(1.0, False)]), norm_obs=False)
+    model = KLipPPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(ValueError, match=r"reward is nan, at step 2 .* in environment 0 and 1 more \(VecNormalize makes all"):
+        model.learn(64)
 
 
 def test_a_value_that_is_nan_is_named():

@@ -11,7 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sb3_contrib.common.envs import InvalidActionEnvMultiBinary, InvalidActionEnvMultiDiscrete
 from scipy.optimize import brentq, minimize
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_klip import KLipMaskablePPO, KLipPPO, KLipRecurrentPPO
 from sb3_klip.divergence import gaussian_kl
@@ -210,11 +212,21 @@ def test_the_default_as_published():
 
 # -- policies --------------------------------------------------------------------------------------------------------------
 
+
+class SquashedPolicy(ActorCriticPolicy):
+    """With the distribution that SB3 has for SAC."""
+
+    def _build(self, lr_schedule):
+        self.action_dist = SquashedDiagGaussianDistribution(1)
+        super()._build(lr_schedule)
+
+
 SQUASHED = {"use_sde": True, "sde_sample_freq": 1, "policy_kwargs": {"squash_output": True}}
 POLICIES = {
     "gaussian": (KLipPPO, "MlpPolicy", pendulum, {}),
     "gsde": (KLipPPO, "MlpPolicy", pendulum, {"use_sde": True, "sde_sample_freq": 1}),
     "squashed": (KLipPPO, "MlpPolicy", pendulum, SQUASHED),
+    "squashed gaussian": (KLipPPO, SquashedPolicy, pendulum, {}),
     "discrete": (KLipPPO, "MlpPolicy", cartpole, {}),
     "multi-discrete": (KLipPPO, "MlpPolicy", lambda: IdentityEnvMultiDiscrete(3), {}),
     "multi-binary": (KLipPPO, "MlpPolicy", lambda: IdentityEnvMultiBinary(3), {}),

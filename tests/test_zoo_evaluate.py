@@ -169,10 +169,14 @@ def test_python_is_named_as_it_is_typed(tmp_path, monkeypatch):
     [
         (
             ["--env", "CartPole-v0"],
-            ["--env: ", "no finished run on 'CartPole-v0'. Finished runs: CartPole-v1", "Did you mean 'CartPole-v1'?"],
+            [
+                "--env: ",
+                "no finished run on 'CartPole-v0'. Finished runs: klip_ppo on CartPole-v1, ppo on Acrobot-v1, ",
+                "Did you mean 'klip_ppo on CartPole-v1'?",
+            ],
         ),
         (["--algo", "klip_pop", "--env", "CartPole-v1"], ["--algo: 'klip_pop'", "klip_ppo_lstm", "Did you mean 'klip_ppo'?"]),
-        (["--env", "CartPole-v1", "-f", "nowhere"], ["no finished run", "Finished runs: none"]),
+        (["--env", "CartPole-v1", "-f", "nowhere"], ["--folder: nowhere is no folder"]),
         (["--env", "CartPole-v1", "--seed", "-1"], ["--seed: -1 must be 0 or more"]),
     ],
 )

@@ -21,7 +21,7 @@ from rl_zoo3.hyperparams_opt import (
 )
 
 from sb3_klip import zoo
-from sb3_klip.coefficients import available, make, register
+from sb3_klip.coefficients import available, make, register, registry
 from sb3_klip.zoo.tuning import (
     converter_with_beta,
     name_best_trial,
@@ -67,6 +67,20 @@ def test_the_number_of_rollouts_is_searched_as_well():
 def test_the_space_leaves_out_only_what_cannot_be_compared():
     """`none` has no trust region, and `position` is a schedule around another coefficient."""
     assert set(available()) - set(search_space()) == {"none", "position"}
+
+
+def test_arguments_that_have_no_default_are_searched(monkeypatch):
+    monkeypatch.setattr(registry, "_WORDS", dict(registry._WORDS))
+
+    @register("limited", search={"limit": (1.0, 3.0)})
+    class Limited:
+        def __init__(self, limit):
+            self.limit = limit
+
+        def __call__(self, ratio, advantages, clip_range):
+            return (ratio > self.limit).to(ratio)
+
+    assert search_space(is_continuous=True)["limited"] == search_space()["limited"] == {"limit": (1.0, 3.0)}
 
 
 def test_converter_passes_on_trials_without_a_coefficient():

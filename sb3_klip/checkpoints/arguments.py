@@ -87,7 +87,8 @@ class LoadArguments:
         """
         for name in (*self.kwargs, *self.given):
             known = name in self._arguments or name in self.checkpoint.data or hasattr(self.algorithm, name)
-            if not known and (hint := did_you_mean(name, self._arguments)):
+            candidates = {*self._arguments, *inspect.signature(self.algorithm.load).parameters}  # type: ignore[attr-defined]
+            if not known and (hint := did_you_mean(name, candidates)):
                 raise TypeError(f"{self.algorithm.__name__}.load has no argument {name!r}.{hint}")
 
     def _default(self, name: str) -> Any:

@@ -173,7 +173,7 @@ class Checkpoint(NamedTuple):
         """
         Names the file where the weights in it are refused.
 
-        :raises ValueError: if they hold more than tensors
+        :raises ValueError: if they hold more than tensors, or cannot be read
         :raises ArchitectureError: if they are of another architecture
         """
         try:
@@ -182,6 +182,23 @@ class Checkpoint(NamedTuple):
             raise ArchitectureError(str(error).replace("load_path_or_dict", self.name, 1)) from error
         except pickle.UnpicklingError as error:
             raise ValueError(f"{self.name} is refused: its weights hold more than tensors ({error})") from error
+        except (RuntimeError, EOFError, KeyError) as error:
+            if (member := self._unreadable_weights()) is None:
+                raise
+            raise ValueError(f"{self.name} is damaged: {member} in it cannot be read ({error!r})") from error
+
+    def _unreadable_weights(self) -> str | None:
+        """The first file of tensors in it that torch cannot read, if any."""
+        if self.path is None:
+            self.file.seek(0)
+        with zipfile.ZipFile(self.file) as archive:
+            for member in archive.namelist():
+                if member.endswith(".pth"):
+                    try:
+                        load_tensor(archive.read(member))
+                    except Exception:  # whatever its letters mean to torch
+                        return member
+        return None
 
     def restore(self, replaced: Iterable[str], trusted: bool) -> tuple[dict[str, Any], dict[str, str]]:
         """

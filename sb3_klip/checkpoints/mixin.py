@@ -19,6 +19,7 @@ from sb3_klip.checkpoints.parameters import check_parameters, plain_names
 from sb3_klip.checkpoints.resuming import Boundary, log_again, read_state, restore_state
 from sb3_klip.checkpoints.zoo_run import statistics_file
 from sb3_klip.coefficients import Coefficient
+from sb3_klip.errors import check_flag
 from sb3_klip.files import write_atomically
 from sb3_klip.reproducibility import read_generators, set_generators
 
@@ -238,6 +239,8 @@ class Checkpoints(OnPolicyAlgorithm):
             has a wrong value
         :raises TypeError: if an argument is unknown or of a wrong type
         """
+        check_flag("trusted", trusted)
+        check_flag("resume", resume)
         arguments = LoadArguments(cls, custom_objects, kwargs)
         checkpoint = Checkpoint.read(path)
         checkpoint.check_algorithm(cls)

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_klip.checkpoints.spaces import fit_space
 from sb3_klip.checkpoints.unpickling import NotRestorableError, RefusedError, loads
+from sb3_klip.errors import check_flag
 
 
 def zoo_schedule(value: Any) -> Any:
@@ -122,7 +123,11 @@ def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = Tr
     :param trusted: Whether the file may run code. With False, a file with anything but plain data is refused.
     :return: the environments with the statistics
     :raises ValueError: if the file contains no ``VecNormalize``, does not fit the environments, or is refused
+    :raises TypeError: if ``venv`` is no ``VecEnv``, or ``trusted`` no bool
     """
+    check_flag("trusted", trusted)
+    if not isinstance(venv, VecEnv):
+        raise TypeError(f"venv={venv!r} must be a VecEnv, as make_vec_env returns")
     content = pathlib.Path(path).read_bytes()
     try:
         statistics = loads(content, trusted=trusted)

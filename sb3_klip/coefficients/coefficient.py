@@ -49,21 +49,24 @@ class Coefficient:
     :raises TypeError: if the signature of the function or of a method does not fit, if a parameter is unknown or of a wrong
         type, or if the object could not be saved, as its constructor takes ``*args`` or ``**kwargs`` or does not store an
         argument, or as it has only one of ``state_dict`` and ``load_state_dict``
-    :raises ValueError: if a parameter is out of range, or if the result of the function on a small batch is not valid
+    :raises ValueError: if a parameter is out of range, if the result of the function on a small batch is not valid, or if the
+        function changes its arguments in place
     """
 
     def __init__(self, function: CoefficientFunction, name: str, parameters: Mapping[str, Any] | None = None):
         self.function = _own(function)
         self.name = name
         #: The quantities that it requests, see :data:`QUANTITIES`.
-        self._order, self.requests, self._declared = _read_signature(function, name)
+        self._order, self.requests, declared = _read_signature(function, name)
+        #: Its parameters, as its signature declares them.
+        self.declared: dict[str, Parameter] = declared
         # NumPy's numbers as Python's, which files hold.
         given = {key: value.item() if isinstance(value, np.generic) else value for key, value in (parameters or {}).items()}
-        check_names(given, self._declared, name)
+        check_names(given, self.declared, name)
         #: Its parameters, as they were given: numbers or schedules.
-        self.settings = {key: given.get(key, declared.default) for key, declared in self._declared.items()}
-        for key, declared in self._declared.items():
-            declared.check(self.settings[key], name)
+        self.settings = {key: given.get(key, parameter.default) for key, parameter in self.declared.items()}
+        for key, parameter in self.declared.items():
+            parameter.check(self.settings[key], name)
         _check_methods(function, self.settings, name)
         #: What is needed to construct it again under its name: arguments of an object's constructor, and its parameters.
         self.parameters = {**_constructor_arguments(function, name), **self.settings}
@@ -116,7 +119,7 @@ class Coefficient:
         """
         self.progress = 1.0 - progress_remaining
         self.values = {
-            key: declared.value(self.settings[key], progress_remaining, self.name) for key, declared in self._declared.items()
+            key: parameter.value(self.settings[key], progress_remaining, self.name) for key, parameter in self.declared.items()
         }
 
     def __call__(
@@ -187,12 +190,14 @@ class Coefficient:
             self.function.load_state_dict(state)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
-        if _has_own_repr(self.function):
-            shown = " with ".join(filter(None, [repr(self.function), _assignments(self.settings)]))
-        else:
-            shown = f"{self.name}({_assignments(self.parameters)})"
         learned = {key: value for key, value in self.state_dict().items() if isinstance(value, (int, float))}
-        return f"{shown}, now {_assignments(learned)}" if learned else shown
+        return f"{self._named()}, now {assignments(learned)}" if learned else self._named()
+
+    def _named(self) -> str:
+        """Name and parameters, in the words of an object that has some."""
+        if _has_own_repr(self.function):
+            return " with ".join(filter(None, [repr(self.function), assignments(self.settings)]))
+        return f"{self.name}({assignments(self.parameters)})"
 
     def _check(self, what: str, tensor: object, ratio: th.Tensor) -> None:
         """Only what costs no synchronisation with the device; NaN is looked for when an epoch ends."""
@@ -222,12 +227,18 @@ class Coefficient:
             "least_ratio": th.full_like(ratio, 0.7),
             "greatest_ratio": th.full_like(ratio, 1.5),
         }
+        given = {"ratio": ratio, "advantages": advantages, **samples}
+        before = {key: tensor.clone() for key, tensor in given.items()}
         result = trial(ratio, advantages, 0.2, **samples)
+        if changed := [key for key, tensor in given.items() if not tensor.equal(before[key])]:
+            raise ValueError(f"coefficient {self!r} must return new tensors, but it changes {changed[0]!r} in place")
         for what, tensor in zip(("removal", "weight"), result, strict=True):
             if tensor is not None and not tensor.isfinite().all():
+                scheduled = f"{assignments(self.values)} at {self.progress:.0%} of training and "
                 raise ValueError(
-                    f"the {what} of {self!r} must be finite, but is {tensor.tolist()} "
-                    f"for ratio {ratio.tolist()}, advantages {advantages.tolist()}, clip_range 0.2"
+                    f"the {what} of {self!r} must be finite, but is {tensor.tolist()} for "
+                    f"{scheduled if self.values != self.settings else ''}"
+                    f"ratio {ratio.tolist()}, advantages {advantages.tolist()}, clip_range 0.2"
                 )
 
 
@@ -236,7 +247,8 @@ CoefficientLike: TypeAlias = Coefficient | CoefficientFunction
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
-def _assignments(values: Mapping[str, Any]) -> str:
+def assignments(values: Mapping[str, Any]) -> str:
+    """Arguments as they are written in a call."""
     return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 

@@ -122,7 +122,8 @@ class Parameter:
 
     def __str__(self) -> str:
         allowed = f"one of {_listing(self.choices)}, " if self.choices else f"{self.interval}, " if self.interval else ""
-        return f"{self.name} ({allowed}default {self.default!r})"
+        default = "required" if self.default is inspect.Parameter.empty else f"default {self.default!r}"
+        return f"{self.name} ({allowed}{default})"
 
 
 def at_progress(value: Any, progress_remaining: float, name: str) -> float:
@@ -137,12 +138,27 @@ def at_progress(value: Any, progress_remaining: float, name: str) -> float:
         except ValueError:
             pass
     elif callable(value):
-        return float(value(progress_remaining))
+        try:
+            return float(value(progress_remaining))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be a number, or a function of the remaining progress that returns one; {value!r} fails at "
+                f"{progress_remaining:g}: {error}"
+            ) from error
     elif isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
+    hint = " (YAML reads 1e-2 as text: write 0.01 or 1.0e-2)" if isinstance(value, str) and _is_number(value) else ""
     raise TypeError(
-        f"{name} must be a number, a schedule such as 'lin_0.1', or a function of the remaining progress, not {value!r}"
+        f"{name} must be a number, a schedule such as 'lin_0.1', or a function of the remaining progress, not {value!r}{hint}"
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def check_names(given: Mapping[str, Any], parameters: Mapping[str, Parameter], owner: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_klip.coefficients.coefficient import Coefficient
+from sb3_klip.coefficients.coefficient import Coefficient, assignments
 from sb3_klip.coefficients.parameters import NonNegative, Positive, constant_like
 from sb3_klip.coefficients.registry import make_beta, register
 
@@ -52,9 +52,9 @@ class Product(Coefficient):
         removal, weight = self.base(ratio, advantages, clip_range, **quantities)
         return strength * removal, None if weight is None else strength * weight
 
-    def __repr__(self) -> str:
+    def _named(self) -> str:
         # Not in the words of the scaled object, which knows nothing of the factor.
-        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in self.parameters.items())})"
+        return f"{self.name}({assignments(self.parameters)})"
 
     def stop(self, ratio: th.Tensor, mask: th.Tensor | None = None) -> bool:
         return self.base.stop(ratio, mask)
@@ -116,10 +116,14 @@ def position(
     :param end: factor from step ``horizon`` on
     :param horizon: number of steps
     :return: the coefficient
-    :raises ValueError: if ``base`` is itself scaled by the position
+    :raises ValueError: if ``base`` is itself scaled by the position, or not known, or a parameter of it is out of range
+    :raises TypeError: if ``base`` or one of its parameters is of a wrong type
     """
     factor = Coefficient(ramp_over_episode, "position", {"start": start, "end": end, "horizon": horizon})
-    scaled = make_beta(base, base_kwargs)
+    try:
+        scaled = make_beta(base, base_kwargs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"base={base!r} with base_kwargs={base_kwargs!r} of 'position': {error}") from error
     if isinstance(scaled, Product):
         raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}

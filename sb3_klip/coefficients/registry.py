@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -68,11 +69,23 @@ def register(
     :param factory: whether the function takes the parameters, all keyword-only, and returns a :class:`Coefficient`
     :param presets: further names, each with a dict of the parameters that it presets
     :return: decorator that returns the same function
-    :raises ValueError: if a name is taken by another coefficient
+    :raises ValueError: if a name is taken by another coefficient, or is no word
+    :raises TypeError: if there is no name, or ``search`` names something that is no parameter
     """
 
+    preset_aliases = {**{alias: {} for alias in aliases}, **presets}
+    if callable(name):
+        raise TypeError(f"register needs a name: @register({getattr(name, '__name__', 'name')!r})")
+    for word in (name, *preset_aliases):
+        if not isinstance(word, str) or not re.fullmatch(r"[^\s:=,]+", word):
+            raise ValueError(
+                f"the name of a coefficient must be a word, without space, colon, comma or equals sign, not {word!r}"
+            )
+
     def decorate(function: AnyFunction) -> AnyFunction:
-        preset_aliases = {**{alias: {} for alias in aliases}, **presets}
+        if unknown := next((key for key in search or {} if key not in _names_of_arguments(function)), None):
+            hint = did_you_mean(unknown, _names_of_arguments(function))
+            raise TypeError(f"search of the coefficient {name!r} has {unknown!r}, which is no parameter of it.{hint}")
         entry = Entry(name, function, preset_aliases, formula, source, search, factory)
         for word in (name, *preset_aliases):
             # The same function again is a module that was run twice (a notebook cell, a reload).
@@ -166,6 +179,8 @@ def make_beta(beta: str | CoefficientLike, beta_kwargs: dict[str, Any] | None = 
     """
     if beta_kwargs is not None and not isinstance(beta_kwargs, dict):
         raise TypeError(f"beta_kwargs must be a dict of parameters of the coefficient or None, not {beta_kwargs!r}")
+    if beta_kwargs and not all(isinstance(key, str) for key in beta_kwargs):
+        raise TypeError(f"beta_kwargs={beta_kwargs!r} must have names of parameters as its keys")
     coefficient = make(beta, **(beta_kwargs or {}))
     # One that was made by the user may be in use in another model.
     return copy.deepcopy(coefficient) if coefficient is beta else coefficient
@@ -191,6 +206,8 @@ def _made(function: Any, name: str, parameters: Mapping[str, Any]) -> Coefficien
                 f"coefficient {name!r} needs {missing[0]!r} in beta_kwargs, for the constructor of {function.__name__}"
             )
         function = function(**own)
+        constructors = {a.name: Parameter.of(a) for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)}
+        check_names(given, {**constructors, **Coefficient(function, name).declared}, name)
     return Coefficient(function, name, given)
 
 
@@ -198,7 +215,9 @@ def _imported(name: str) -> Callable[..., Any]:
     """Resolve ``"module:function"``, which is how a function that was never registered is saved."""
     module, separator, attribute = name.partition(":")
     reason = did_you_mean(name, _WORDS)
-    if separator and attribute.isidentifier():
+    if module in _WORDS:
+        reason = f" Parameters are given as beta_kwargs, and the name alone as beta={module!r}."
+    elif separator and attribute.isidentifier():
         try:
             found = getattr(importlib.import_module(module), attribute, None)
         except Exception as error:  # whatever the module raises; ValueError where there is none before the colon
@@ -217,6 +236,14 @@ def _listing() -> str:
     """All names, each with its aliases."""
     listed = sorted((entry.name, ", ".join(entry.aliases)) for entry in entries())
     return ", ".join(f"{name} ({aliases})" if aliases else name for name, aliases in listed)
+
+
+def _names_of_arguments(function: Callable[..., Any]) -> list[str]:
+    """What a function takes; of a class, what its constructor and its objects take."""
+    if not inspect.isclass(function):
+        return list(inspect.signature(function).parameters)
+    of_objects: Any = function.__call__
+    return [*inspect.signature(of_objects).parameters, *(each.name for each in constructor_signature(function))]
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:

@@ -103,17 +103,18 @@ def read_suite(name: str) -> Suite:
     except yaml.YAMLError as error:
         raise ValueError(f"the suite {name} is not YAML: {error}") from error
     register()
-    mistakes = _shape(content)
-    if not mistakes:
+    mistakes, usable = _shape(content)
+    if {"hyperparams", "tasks"} <= usable:
         protocol, conf = _protocol(content["hyperparams"], Path(name).parent, mistakes)
         for task in content["tasks"]:
             mistakes += _check_task(task, protocol, content["hyperparams"])
+    if "methods" in usable:
         for method, settings in content["methods"].items():
             mistakes += _check_method(method, settings)
         if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
             mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
-        if not mistakes:
-            mistakes = _check_protocol(protocol, content)
+    if not mistakes:
+        mistakes = _check_protocol(protocol, content)
     if mistakes:
         raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return _made(Path(name).stem, content, protocol, conf)
@@ -147,10 +148,11 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     return [replace(cell, seed=seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
 
 
-def _shape(content: Any) -> list[str]:
-    """What is wrong with the file as a whole."""
+def _shape(content: Any) -> tuple[list[str], set[str]]:
+    """What is wrong with the file as a whole, and the keys whose values can be looked into."""
     if not isinstance(content, dict):
-        return [f"it must be a mapping of {', '.join(KEYS)}, not {content!r}"]
+        return [f"it must be a mapping of {', '.join(KEYS)}, not {content!r}"], set()
+    usable = {*content}
     mistakes = [f"unknown key {key!r}.{did_you_mean(key, KEYS)}" for key in content if key not in KEYS]
     mistakes += [f"{key!r} is missing" for key in KEYS[:4] if key not in content]
     for key, is_right, what in (
@@ -162,7 +164,8 @@ def _shape(content: Any) -> list[str]:
     ):
         if key in content and not is_right(content[key]):
             mistakes.append(f"{key} must be {what}, not {content[key]!r}")
-    return mistakes
+            usable.remove(key)
+    return mistakes, usable
 
 
 def _are_distinct(value: Any, kind: type) -> bool:

@@ -156,10 +156,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run.latest(args.folder, args.algo, args.env)
     agents = run.agents
     if "last" not in agents:
-        finished = sorted({path.stem for path in args.folder.glob(f"{args.algo}/*_*/*-v*.zip")})
+        if not args.folder.is_dir():
+            parser.error(f"--folder: {args.folder} is no folder")
+        finished = sorted({path.parts[-3:] for path in args.folder.glob("*/*_*/*-v*.zip")})
+        runs = dict.fromkeys(f"{algo} on {Path(file).stem}" for algo, _, file in finished)
         parser.error(
             f"--env: {args.folder / args.algo} has no finished run on {args.env.gym_id!r}. Finished runs: "
-            f"{', '.join(finished) or 'none'}.{did_you_mean(args.env, finished)}"
+            f"{', '.join(runs) or 'none'}.{did_you_mean(f'{args.algo} on {args.env}', runs)}"
         )
     for package in run.packages:
         try:

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import TrialState
 from rl_zoo3.exp_manager import ExperimentManager
 
-from sb3_klip.coefficients import entries, make
+from sb3_klip.coefficients import Entry, entries, make
 from sb3_klip.coefficients.registry import find
 
 #: The value of ``beta`` or ``reuse`` that asks for the search.
@@ -28,11 +28,12 @@ def search_space(is_continuous: bool = False) -> dict[str, Mapping[str, tuple[fl
 
     :param is_continuous: whether actions are continuous; then coefficients that need probabilities are left out
     """
-    return {
-        entry.name: entry.search
-        for entry in entries()
-        if entry.search is not None and not (is_continuous and make(entry.name).needs_probabilities)
-    }
+
+    def is_left_out(entry: Entry, ranges: Mapping[str, tuple[float, float]]) -> bool:
+        return is_continuous and make(entry.name, **{key: low for key, (low, _) in ranges.items()}).needs_probabilities
+
+    tried = {entry.name: (entry, entry.search) for entry in entries() if entry.search is not None}
+    return {name: ranges for name, (entry, ranges) in tried.items() if not is_left_out(entry, ranges)}
 
 
 def declared_ranges(name: str) -> Mapping[str, tuple[float, float]] | None:
