@@ -18,10 +18,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from scipy import stats
 
-from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Entry, entries, make
+from sb3_klip.atlas import multiplier
+from sb3_klip.coefficients import ESTIMATORS, FAMILY, QUANTITIES, Coefficient, Entry, entries, make
 from sb3_klip.coefficients.parameters import Parameter
 from sb3_klip.experiments import paper
 from sb3_klip.variants import VARIANTS
@@ -73,9 +75,13 @@ def coefficients() -> str:
 
 def families() -> str:
     """The coefficients by what they do."""
-    names = [[word for entry in _members(module) for word in (entry.name, *entry.aliases)] for module in FAMILY]
+
+    def named(entry: Entry) -> str:
+        return f"`{entry.name}`" + (f" ({_code(entry.aliases)})" if entry.aliases else "")
+
+    names = [", ".join(map(named, _members(module))) for module in FAMILY]
     summaries = [inspect.getdoc(module).splitlines()[0] for module in FAMILY]  # type: ignore[union-attr]
-    return _table(("what they do", "`beta`"), zip(summaries, map(_code, names), strict=True))
+    return _table(("what they do", "`beta` (other names)"), zip(summaries, names, strict=True))
 
 
 def references() -> str:
@@ -100,6 +106,18 @@ def policy_ratio() -> str:
     """The coefficients that need a ratio of two policies, in the order of their families."""
     members = [entry for module in FAMILY for entry in _members(module)]
     return textwrap.fill(_code(entry.name for entry in members if make(entry.name).needs_policy_ratio), 127)
+
+
+def without_clip_range() -> str:
+    """The coefficients for which the clip range makes no difference."""
+    ratio = np.linspace(0.05, 1.95, 96)
+
+    def differs(coefficient: Coefficient) -> bool:
+        narrow, wide = ([multiplier(coefficient, ratio, sign, width) for sign in (-1, 1)] for width in (0.1, 0.3))
+        return not np.array_equal(narrow, wide)
+
+    names = [entry.name for module in FAMILY for entry in _members(module) if not differs(make(entry.name))]
+    return textwrap.fill(_code(names), 127)
 
 
 def variants() -> str:
@@ -300,7 +318,7 @@ def _timed(name: str) -> str:
 TABLES = {
     each.__name__: each
     for each in (
-        *(coefficients, families, references, quantities, constants, policy_ratio, variants, modules),
+        *(coefficients, families, references, quantities, constants, policy_ratio, without_clip_range, variants, modules),
         *(speed, memory, sizes, times),
         *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
         *(reuse, reuse_long, reuse_gains, search, preset),

@@ -179,7 +179,9 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             with short_rollout(self.policy, env, rollout_buffer):
                 return super().collect_rollouts(env, callback, rollout_buffer, *args, **kwargs)
         except ValueError as error:  # of the policy's distribution, which knows no observation
-            if self._last_obs is None or (found := non_finite_observation(self._last_obs)) is None:
+            # One of a subclass is of an environment or a callback, whose user may wait for it.
+            found = non_finite_observation(self._last_obs) if type(error) is ValueError else None
+            if found is None:
                 raise
             where = f"stopped at {self.num_timesteps} steps: {found[1]}, in environment {found[0]}"
             raise ValueError(f"{type(self).__name__} {where}. {error}") from error

@@ -2,8 +2,8 @@
 Learning from the last M rollouts, as pure functions: weights, clip range, advantages and learning rate of GePPO.
 
 Source: J. Queeney, I. C. Paschalidis and C. G. Cassandras, *Generalized Proximal Policy Optimization with Sample Reuse*,
-NeurIPS 2021, arXiv 2111.00072. ``b`` is the policy that collected a sample, ``π_k`` is the policy at the start of the update,
-and ``π`` is the current policy. The ratio is ``w = π/b`` as usual, and the clip is centred at ``c = π_k/b``. The *age* i of a
+NeurIPS 2021, arXiv 2111.00072. ``μ`` is the policy that collected a sample, ``π_k`` is the policy at the start of the update,
+and ``π`` is the current policy. The ratio is ``w = π/μ`` as usual, and the clip is centred at ``c = π_k/μ``. The *age* i of a
 sample is the number of updates since it was collected. Its rollout has the weight ``p_(i+1)``, and the sample has the weight
 ``ω = M p_(i+1)`` in a mean over all samples. ``sb3_klip/reuse.py`` trains with these functions.
 """

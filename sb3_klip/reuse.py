@@ -284,7 +284,7 @@ class SampleReuse(PerSampleKLTraining):
         return (centre * kl_estimate("k3", log_prob, old_log_prob + centre.log())).mean().item()
 
     def _log_probs(self) -> tuple[th.Tensor, th.Tensor]:
-        """log π and log b of all samples."""
+        """log π and log μ of all samples."""
         log_prob = th.empty(self.rollout_buffer.buffer_size * self.rollout_buffer.n_envs, device=self.device)
         old_log_prob = th.empty_like(log_prob)
         for samples in self.evaluate_rollout():

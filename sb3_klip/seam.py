@@ -1,4 +1,4 @@
-"""The seam between the variants: what differs between SB3's and sb3-contrib's PPO, and how their rollouts are evaluated."""
+"""What differs between SB3's and sb3-contrib's PPO, and how each evaluates its rollouts."""
 
 import copy
 from collections.abc import Iterator

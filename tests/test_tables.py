@@ -8,7 +8,8 @@ import pytest
 from sb3_klip.coefficients import registry
 
 MADE = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "tables.py"))
-PAGES = {page.name: page.read_text(encoding="utf-8") for page in MADE["PAGES"]}
+# By the path, as two pages have the name coefficients.md.
+PAGES = {page.relative_to(MADE["ROOT"]).as_posix(): page.read_text(encoding="utf-8") for page in MADE["PAGES"]}
 
 
 @pytest.mark.parametrize("name", PAGES)

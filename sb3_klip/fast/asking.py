@@ -1,5 +1,5 @@
 """
-How a coefficient that cannot be traced is called: between two graphs.
+Calling a coefficient that cannot be traced: between two traced graphs.
 
 A coefficient cannot be traced if it has a state, looks at data in Python, or has parameters that follow a schedule. The first
 graph computes the coefficient's arguments. Then the coefficient is called, as in the eager update. The second graph repeats

@@ -1,4 +1,4 @@
-"""What would notice that a module is not called or that an operation is another one: hooks, profilers, modes of torch."""
+"""Hooks, profilers and modes of torch, which would notice a skipped call or a replaced operation."""
 
 from collections.abc import Iterable
 from typing import Any
