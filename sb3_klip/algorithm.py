@@ -144,7 +144,9 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self._check_action_space(coefficient)
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
-        if coefficient.needs_ratio_bounds and coefficient.delta is None and not isinstance(self.action_space, spaces.Box):
+        is_constant = self.clip_range(1.0) == self.clip_range(0.0)
+        needs_delta = coefficient.needs_ratio_bounds and coefficient.delta is None
+        if needs_delta and is_constant and not isinstance(self.action_space, spaces.Box):
             default_delta("categorical", self.clip_range(1.0), get_action_dim(self.action_space))
         action_dist = getattr(self.policy, "action_dist", None)
         needs_kl = coefficient.needs_kl or coefficient.needs_ratio_bounds or self.log_kl
@@ -178,10 +180,10 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         try:
             with short_rollout(self.policy, env, rollout_buffer):
                 return super().collect_rollouts(env, callback, rollout_buffer, *args, **kwargs)
-        except ValueError as error:  # of the policy's distribution, which knows no observation
-            # One of a subclass is of an environment or a callback, whose user may wait for it.
-            found = non_finite_observation(self._last_obs) if type(error) is ValueError else None
-            if found is None:
+        except ValueError as error:
+            # Only those of a distribution, by torch or by us: others are of an environment or of a callback.
+            of_distribution = str(error).startswith(("Expected parameter", "the policy has no action to take"))
+            if not of_distribution or (found := non_finite_observation(self._last_obs)) is None:
                 raise
             where = f"stopped at {self.num_timesteps} steps: {found[1]}, in environment {found[0]}"
             raise ValueError(f"{type(self).__name__} {where}. {error}") from error

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+import numpy as np
+
 
 class ArchitectureError(ValueError, RuntimeError):
     """Parameters of a policy of another architecture, for which torch, and so Stable-Baselines3, has a ``RuntimeError``."""
@@ -16,7 +18,7 @@ def check_flag(name: str, value: object) -> None:
     :param value: what the user gave
     :raises TypeError: if it is not a bool
     """
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={value!r} must be True or False")
 
 

@@ -144,12 +144,13 @@ def _refuse_empty_masks(
     masks = kwargs.get("action_masks")
     if masks is None or id(policy) != owner:
         return
-    if np.size(masks) % sum(choices):
+    masks = np.asarray(masks, dtype=bool)
+    if (masks.size if masks.ndim == 1 else masks[0].size) % sum(choices):
         raise ValueError(
             f"action_masks() must have {' + '.join(map(str, choices))} entries for each environment, but the masks of all "
-            f"environments have the shape {np.shape(masks)}"
+            f"environments have the shape {masks.shape}"
         )
-    rows = np.asarray(masks, dtype=bool).reshape(-1, sum(choices))
+    rows = masks.reshape(-1, sum(choices))
     for dimension, part in enumerate(np.split(rows, np.cumsum(choices)[:-1], axis=1)):
         if not (allowed := part.any(axis=1)).all():
             where = f" in dimension {dimension}" if len(choices) > 1 else ""

@@ -87,7 +87,7 @@ def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str
         name, separator, settings = given.rpartition(":")
         pairs = [each.strip().partition("=") for each in settings.split(",")]
         label, parameters = f"{name} ({', '.join(map(''.join, pairs))})", dict[str, Any]()
-        if separator and (name in available() or "=" in settings):
+        if separator and "=" in settings:
             if missing := [key for key, equals, _ in pairs if key and not equals]:
                 raise ValueError(f"{given!r}: {missing[0]!r} has no value; write NAME:parameter=value,parameter=value")
             parameters = {key: _number(value) for key, _, value in pairs}

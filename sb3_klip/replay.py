@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 
+#: The largest number of rollouts, far more than fit into any memory.
+MOST = 1_000_000
 #: Weights below this are dropped from the optimal ones, as in the authors' code.
 SMALLEST_WEIGHT = 0.01
 #: The factor by which the learning rate changes, as in the paper.
@@ -50,14 +52,16 @@ def weights_by_age(reuse: Any) -> np.ndarray:
     :param reuse: number of rollouts with equal weights, or a sequence of weights
     :return: weights p, shape (M,), which sum to 1
     :raises TypeError: if it is neither
-    :raises ValueError: if the number is below 1, or the weights are negative, do not sum to 1, or leave out the newest rollout
+    :raises ValueError: if the number is below 1 or too large, or the weights are negative, do not sum to 1, or leave out the
+        newest rollout
     """
-    allowed = "a whole number from 1 up, or weights by age, the newest rollout first, such as [0.5, 0.3, 0.2]"
+    allowed = f"a whole number from 1 to {MOST}, or weights by age, the newest first, such as [0.5, 0.3, 0.2]"
     if isinstance(reuse, Integral) and not isinstance(reuse, bool):
-        if reuse < 1:
+        if not 1 <= int(reuse) <= MOST:
             raise ValueError(f"reuse={reuse!r} must be {allowed}")
-        return np.broadcast_to(1 / int(reuse), int(reuse))  # which takes no memory, whatever the number
-    is_sequence = isinstance(reuse, (Sequence, np.ndarray)) and not isinstance(reuse, str) and np.ndim(reuse) == 1
+        return np.full(int(reuse), 1 / int(reuse))
+    is_array = isinstance(reuse, np.ndarray) and reuse.ndim == 1
+    is_sequence = is_array or (isinstance(reuse, Sequence) and not isinstance(reuse, str))
     if not is_sequence or not all(isinstance(p, Real) for p in reuse):
         raise TypeError(f"reuse={reuse!r} must be {allowed}")
     weights = np.array(reuse, dtype=np.float64)

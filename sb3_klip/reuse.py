@@ -101,7 +101,7 @@ class SampleReuse(PerSampleKLTraining):
         weights, buffer = weights_by_age(self.reuse), self.rollout_buffer
         if len(weights) == 1:
             return
-        if not isinstance(self.reuse, int) and (np.diff(weights) > 0).any():
+        if (np.diff(weights) > 0).any():
             warnings.warn(
                 f"reuse={self.reuse!r} weighs older rollouts more; the first weight is that of the newest one", stacklevel=4
             )
@@ -115,11 +115,11 @@ class SampleReuse(PerSampleKLTraining):
         number = len(weights)
         needed, memory = 3 * number * sum(array.nbytes for array in arrays), _memory()
         if memory is not None and needed > memory:
-            fits = {what: int(number * memory / needed) for what, number in (("n_steps", self.n_steps), ("reuse", number))}
+            fit = {"n_steps": int(self.n_steps * memory / needed), "reuse": int(number * memory / needed)}
+            advice = " or ".join(f"{name}={most}" for name, most in fit.items() if most)
             raise ValueError(
                 f"reuse={self.reuse!r} with n_steps={self.n_steps} needs {needed / 2**30:.1f} GiB for {number} rollouts, but "
-                f"there are {memory / 2**30:.1f} GiB of memory: "
-                f"{' or '.join(f'{what}={most}' for what, most in fits.items() if most)} would fit"
+                f"there are {memory / 2**30:.1f} GiB of memory{f': {advice} would fit' if advice else ''}"
             )
         if self.verbose >= 1:
             print(f"Learning from the last {number} rollouts, which take up to {needed / 2**20:.1f} MiB")

@@ -100,9 +100,9 @@ def non_finite(buffer: Any, n_steps: int, last_obs: Any) -> str | None:
         # Where a time limit ends an episode, SB3 adds the value of its last observation.
         ends = step + 1 < len(rewards) and buffer.episode_starts[step + 1, env]
         what = "the reward, or the value of the observation that ended the episode," if ends else "the reward"
-        others = (~np.isfinite(rewards[step])).sum() - 1
-        spread = f" and {others} more (VecNormalize makes all rewards of a step NaN if one is)" if others else ""
-        return f"{what} is {rewards[step, env]}, {place(step, env)}{spread}"
+        spread = len(rewards[step]) > 1 and np.isnan(rewards[step]).all()
+        others = " and all others, as VecNormalize makes all rewards NaN if one is" if spread else ""
+        return f"{what} is {rewards[step, env]}, {place(step, env)}{others}"
     step, env = np.argwhere(~np.isfinite(advantages))[-1]
     if step % n_steps == n_steps - 1:
         return f"{_valued(last_obs, (env,))} {advantages[step, env]}, after the last step of the rollout, in environment {env}"
@@ -117,10 +117,11 @@ def non_finite_observation(observations: Any) -> tuple[int, str] | None:
     :return: its index, and a clause that names the element; None if all are finite
     """
     for key, array in observations.items() if isinstance(observations, dict) else [("", observations)]:
-        elements = np.asarray(array, dtype=float)
-        for place in np.argwhere(~np.isfinite(elements)).tolist():
+        bad = ~np.isfinite(array)
+        if bad.any():
+            place = tuple(map(int, np.unravel_index(bad.argmax(), bad.shape)))
             where = "".join(f"[{part!r}]" for part in (*filter(None, [key]), *place[1:]))
-            return place[0], f"observation{where} is {elements[tuple(place)]}"
+            return place[0], f"observation{where} is {array[place]}"
     return None
 
 
@@ -130,8 +131,8 @@ def non_finite_sample(buffer: Any, n_steps: int) -> str | None:
 
     :param buffer: any rollout buffer, from which samples have been drawn
     :param n_steps: number of steps of a rollout
-    :return: a clause that names the element, its step and its environment; None if all are finite, or the buffer has its own
-        way to hand out samples
+    :return: a clause that names the element, its step and its environment; None if all are finite, or the samples are not
+        those of SB3's arrays on the CPU
     """
     if not has_columns(buffer) or (found := non_finite_observation(buffer.observations)) is None:
         return None

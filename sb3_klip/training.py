@@ -88,8 +88,8 @@ class PerSampleKLTraining(Seam):
         """
         Update the policy on the current rollout.
 
-        :raises ValueError: if an advantage is NaN or infinite; or if a gradient is, and then the policy is reset to its
-            parameters before the update
+        :raises ValueError: if an advantage is NaN or infinite, or the learning rate is NaN; or if a gradient is NaN or
+            infinite, and then the policy is reset to its parameters before the update
         """
         if (problem := non_finite(self.rollout_buffer, self.n_steps, self._last_obs)) is not None:
             raise ValueError(
@@ -126,14 +126,12 @@ class PerSampleKLTraining(Seam):
         coefficient = self._known_coefficient()
         coefficient.set_progress(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
+        if any(math.isnan(float(group.get("lr", 0.0))) for group in self.policy.optimizer.param_groups):
+            raise ValueError(
+                f"learning_rate is nan at progress_remaining={self._current_progress_remaining:g}, after {self.num_timesteps} "
+                "steps: its schedule must return a number. The policy is as it was before this update."
+            )
         clip_range: Any = self._present_clip_range()
-        rates = [group.get("lr", 0.0) for group in self.policy.optimizer.param_groups]
-        for name, numbers in (("learning_rate", rates), ("clip_range", [clip_range])):
-            if any(math.isnan(float(number)) for number in numbers):
-                raise ValueError(
-                    f"{name} is nan at progress_remaining={self._current_progress_remaining:g}, after {self.num_timesteps} "
-                    "steps: its schedule must return a number. The policy is as it was before this update."
-                )
         if coefficient.needs_clip_range and clip_range < SMALLEST_CLIP_RANGE:
             warnings.warn(
                 f"clip_range={clip_range:g} is held at {SMALLEST_CLIP_RANGE:g} for beta={coefficient!r}", stacklevel=4
@@ -363,11 +361,10 @@ class PerSampleKLTraining(Seam):
     ) -> NoReturn:
         """Put the policy back to where the update began, forget the optimizer's spoilt moments, and say what went wrong."""
         epoch, minibatch, problem = log.first_non_finite()
-        advice = (
-            "Try a smaller learning rate or fewer epochs, or a coefficient that removes such samples."
-            if (observation := non_finite_sample(self.rollout_buffer, self.n_steps)) is None
-            else "Environments must return finite observations."
-        )
+        observation = non_finite_sample(self.rollout_buffer, self.n_steps)
+        cure = "Try a smaller learning rate or fewer epochs, or a coefficient that removes such samples."
+        if observation is not None:
+            problem, cure = f"{problem} ({observation})", f"If the policy cannot take such observations, remove them. {cure}"
         with th.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
@@ -376,5 +373,5 @@ class PerSampleKLTraining(Seam):
         raise ValueError(
             f"{type(self).__name__} with beta={self.beta!r} stopped at {self.num_timesteps} steps "
             f"(train/n_updates {self._n_updates}, epoch {epoch}, minibatch {minibatch}), as the gradient is not finite: "
-            f"{observation or problem}. The policy was set back to the parameters from before this update. {advice}"
+            f"{problem}. The policy was set back to the parameters from before this update. {cure}"
         ) from cause

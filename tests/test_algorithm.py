@@ -53,6 +53,10 @@ def test_what_ppo_trains_with_is_no_error(kwargs, message):
     assert_identical(model.learn(64), PPO("MlpPolicy", cartpole(), **FAST, seed=0, **{"device": "cpu", **kwargs}).learn(64))
 
 
+def test_a_clip_range_that_falls_may_start_where_trgppo_has_no_bounds():
+    assert KLipPPO("MlpPolicy", cartpole(), **FAST, beta="trgppo", clip_range=lambda progress: progress).learn(64)
+
+
 def test_bad_coefficient_is_refused_before_the_environment_is_made():
     with pytest.raises(ValueError, match="Did you mean 'step'"):
         KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta="stpe")

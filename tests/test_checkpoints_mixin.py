@@ -250,6 +250,7 @@ def test_a_resumed_run_goes_on_with_what_its_coefficient_has_learned(tmp_path):
         ({"trusted": "False"}, TypeError, "trusted='False' must be True or False"),
         ({"resume": "no"}, TypeError, "resume='no' must be True or False"),
         ({"trustd": False}, TypeError, "no argument 'trustd'. Did you mean 'trusted'?"),
+        ({"resum": True}, TypeError, "no argument 'resum'. Did you mean 'resume'?"),
         ({"compile": {"backend": "nope"}}, ValueError, "backend='nope' must be one of"),
         ({"compile": 1}, TypeError, "compile must be True, False or a dict"),
     ],

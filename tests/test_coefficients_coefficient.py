@@ -74,16 +74,18 @@ def test_functions_that_do_not_fit_are_refused(function, error, message):
         make(function)
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("argument", ["ratio", "advantages"])
-def test_functions_that_change_what_they_are_given_are_refused(argument):
-    """The loss is computed from the same tensors."""
+def test_functions_that_change_what_they_are_given_are_refused(argument, inference):
+    """The loss is computed from the same tensors. Also where the trial's values stay the same."""
 
-    def flips(ratio, advantages, clip_range):
-        {"ratio": ratio, "advantages": advantages}[argument].neg_()
+    def bounds(ratio, advantages, clip_range):
+        {"ratio": ratio, "advantages": advantages}[argument].clamp_(-100, 100)
         return th.zeros_like(ratio)
 
-    with pytest.raises(ValueError, match=f"must return new tensors, but it changes '{argument}' in place"):
-        make(flips)
+    message = f"must return new tensors, but it changes '{argument}' in place"
+    with pytest.raises(ValueError, match=message), th.inference_mode(inference):
+        make(bounds)
 
 
 def test_a_schedule_at_whose_end_it_fails_is_shown_with_its_value():

@@ -45,6 +45,11 @@ def test_parameters_of_an_alias_can_be_changed():
     assert repr(make("espo", ratio_deviation=0.1)) == "none(ratio_deviation=0.1)"
 
 
+def failing_to_decode(ratio, advantages, clip_range):
+    """With an exception that is not made from a text."""
+    return b"\xff".decode("ascii")
+
+
 BAD = [
     ("stpe", {}, ValueError, r"'stpe'.*Did you mean 'step'.*Available: adaptive \(ppo_adaptive_kl\), asymmetric"),
     ("step", {"width": 1}, TypeError, "'step' has no parameter 'width'. It takes none"),
@@ -100,10 +105,12 @@ BAD = [
     (True, {}, TypeError, "not True.$"),
     ("position", {"base": "position"}, ValueError, "base='position' is itself scaled by the position"),
     ("position", {"base": "stp"}, ValueError, "^base='stp' with base_kwargs=None of 'position'.*Did you mean 'step'"),
+    ("position", {"base": failing_to_decode}, ValueError, "^base=<function .* of 'position': 'ascii' codec"),
     ("position", {"base_kwargs": 3}, TypeError, "^base='step' with base_kwargs=3 of 'position'"),
     ("position", {"base_kwargs": {"width": 1}}, TypeError, "^base='step' with base_kwargs={'width': 1}"),
     ("linear_ramp:width=0.2", {}, ValueError, "Parameters are given as beta_kwargs, and the name alone as beta='linear_ramp'"),
-    ("linear_ramp", {"width": "1e-2"}, TypeError, "not '1e-2' \\(YAML reads 1e-2 as text: write 0.01"),
+    ("linear_ramp", {"width": "1e-2"}, TypeError, "not '1e-2' \\(which YAML reads as text: write 0.01\\)$"),
+    ("linear_ramp", {"width": "0.1"}, TypeError, "not '0.1'$"),
     ("linear_ramp", {"width": lambda progress: None}, TypeError, "width of 'linear_ramp' .* fails at 1: float"),
     ("linear_ramp", {"width": lambda: 1}, TypeError, "width of 'linear_ramp' .* fails at 1: .* takes 0 positional"),
 ]
@@ -125,13 +132,13 @@ def test_a_name_is_taken_once():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((3,), ValueError, "the name of a coefficient must be a word, without .* not 3"),
-        (("mine", ""), ValueError, "must be a word, .* not ''"),
-        (("module:function",), ValueError, "must be a word, without space, colon, .* not 'module:function'"),
+        ((3,), ValueError, "the name of a coefficient must be a text without .* not 3"),
+        (("mine", ""), ValueError, "must be a text without .* not ''"),
+        (("module:function",), ValueError, "must be a text without colon, .* not 'module:function'"),
         ((lambda ratio, advantages, clip_range: ratio,), TypeError, "register needs a name: @register"),
     ],
 )
-def test_a_name_is_a_word(arguments, error, message):
+def test_what_is_no_name(arguments, error, message):
     with pytest.raises(error, match=message):
         register(*arguments)
 
@@ -144,8 +151,11 @@ def test_ranges_are_of_parameters():
         def __call__(self, ratio, advantages, clip_range, *, width=0.1):
             return 0 * ratio
 
-    with pytest.raises(TypeError, match=r"search of the coefficient 'mine' has 'wdth', .* Did you mean 'width'"):
-        register("mine", search={"limit": (1.0, 2.0), "wdth": (0.1, 1.0)})(Limited)
+    for wrong, hint in (("wdth", ". Did you mean 'width'"), ("ratio", "."), ("self", ".")):
+        with pytest.raises(
+            TypeError, match=rf"search of the coefficient 'mine' has '{wrong}', which is no parameter of it\{hint}"
+        ):
+            register("mine", search={"limit": (1.0, 2.0), wrong: (0.1, 1.0)})(Limited)
     with pytest.raises(ValueError, match="'mine' is not a coefficient"):
         make("mine")
 
@@ -251,6 +261,27 @@ def test_a_class_takes_arguments_of_its_constructor():
     takes = r"It takes: step \(required\); start \(.*default 0\); scale \(.*\)"
     with pytest.raises(TypeError, match=f"no parameter 'stp'. Did you mean 'step'. {takes}"):
         make(NAME, step=3, stp=1)
+
+
+def test_a_class_whose_defaults_do_not_work(monkeypatch):
+    monkeypatch.setattr(registry, "_WORDS", dict(registry._WORDS))
+
+    @register("needs_a_width")
+    class Ramp:
+        def __call__(self, ratio, advantages, clip_range, *, width=0.0):
+            return (ratio - 1) / width
+
+    assert make("needs_a_width", width=0.5).values == {"width": 0.5}
+    with pytest.raises(ValueError, match="must be finite"):
+        make("needs_a_width")
+
+
+def test_a_module_may_have_the_name_of_a_coefficient(tmp_path, monkeypatch):
+    (tmp_path / "adaptive.py").write_text("def mine(ratio, advantages, clip_range):\n    return 0 * ratio\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert make("adaptive:mine").name == "adaptive:mine"
+    with pytest.raises(ValueError, match=r"'adaptive:yours' is not a coefficient. adaptive has no function yours"):
+        make("adaptive:yours")
 
 
 def test_a_class_itself_is_no_coefficient():

@@ -56,10 +56,10 @@ def test_without_the_hook(tmp_path):
     assert (tmp_path / "logs" / "klip_ppo" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
 
 
-@pytest.fixture(params=["print('not the package')", "raise SystemExit(3)"])
-def misleading(tmp_path, request):
+@pytest.fixture
+def misleading(tmp_path):
     """A working directory with a file ``sb3_klip.py``, such as somebody's first experiment."""
-    (tmp_path / "sb3_klip.py").write_text(f"{request.param}\n")
+    (tmp_path / "sb3_klip.py").write_text("print('not the package')\n")
     return tmp_path
 
 
@@ -68,11 +68,13 @@ def test_a_file_of_the_packages_name_does_not_break_torch(misleading):
     assert (completed.stdout, completed.stderr) == ("0.0\n", "")
 
 
-def test_a_file_of_the_packages_name_does_not_break_rl_zoo(misleading):
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_file_of_the_packages_name_does_not_break_rl_zoo(misleading, ends):
+    if ends:
+        (misleading / "sb3_klip.py").write_text("raise SystemExit(3)\n")
     completed = python("-m", "rl_zoo3.train", "--algo", "ppo", "--env", "CartPole-v1", *SMALL, cwd=misleading)
-    assert "could not register with RL Zoo" in completed.stderr
-    if "SystemExit" not in completed.stderr:
-        assert f"(sb3_klip is {misleading / 'sb3_klip.py'})" in completed.stderr
+    reason = "SystemExit(3)" if ends else f"(sb3_klip is {misleading / 'sb3_klip.py'})"
+    assert f"could not register with RL Zoo{':' if ends else ''} {reason}" in completed.stderr
     assert "Traceback" not in completed.stderr
     assert (misleading / "logs" / "ppo" / "CartPole-v1_1" / "CartPole-v1.zip").exists()
 

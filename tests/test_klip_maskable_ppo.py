@@ -7,6 +7,8 @@ from helpers import Counter, train
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete, InvalidActionEnvMultiDiscrete
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_klip import KLipMaskablePPO
 
@@ -75,8 +77,23 @@ class OneTooMany(Counter):
 
 
 def test_masks_of_another_size():
-    with pytest.raises(ValueError, match=r"action_masks\(\) must have 2 entries .* environments have the shape \(1, 3\)"):
-        KLipMaskablePPO("MlpPolicy", OneTooMany(), **FAST).learn(64)
+    for number in (1, 2):  # of two environments, 6 masks would do for three
+        env = DummyVecEnv([OneTooMany] * number)
+        with pytest.raises(ValueError, match=rf"must have 2 entries .* environments have the shape \({number}, 3\)"):
+            KLipMaskablePPO("MlpPolicy", env, **FAST).learn(64)
+
+
+def test_masks_may_be_a_tensor():
+    class Asks(BaseCallback):
+        def _on_step(self):
+            masks = th.as_tensor(np.stack(self.training_env.env_method("action_masks")))
+            observation, _ = self.model.policy.obs_to_tensor(self.locals["new_obs"])
+            self.actions = self.model.policy(observation, action_masks=masks)[0]
+            return True
+
+    callback = Asks()
+    KLipMaskablePPO("MlpPolicy", Counter(), **FAST).learn(64, callback=callback)
+    assert callback.actions.shape == (1,)
 
 
 def test_environment_without_masks():

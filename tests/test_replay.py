@@ -128,8 +128,10 @@ def test_optimal_weights_refuse(arguments, message):
 @pytest.mark.parametrize(
     ("reuse", "error", "message"),
     [
-        (0, ValueError, "reuse=0 must be a whole number from 1 up"),
-        (2.5, TypeError, r"reuse=2.5 must be a whole number from 1 up, or weights by age"),
+        (0, ValueError, "reuse=0 must be a whole number from 1 to 1000000"),
+        (2.5, TypeError, r"reuse=2.5 must be a whole number from 1 to 1000000, or weights by age"),
+        (10**13, ValueError, "reuse=10{13} must be a whole number from 1 to"),
+        ([0.5, [0.5]], TypeError, "must be a whole number"),
         ("3", TypeError, "reuse='3' must be a whole number"),
         (True, TypeError, "reuse=True must be a whole number"),
         ([], ValueError, "must sum to 1, not 0"),

@@ -168,20 +168,69 @@ def test_an_infinite_observation_is_named(reuse):
     """A policy with tanh has actions for it, and only its gradient is NaN."""
     env = DummyVecEnv([lambda: Faulty(0.0, False), lambda: Faulty(np.inf, False)])
     model = KLipPPO("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=2, device="cpu", reuse=reuse)
-    message = r"observation\[1\] is inf, at step 3 of the rollout's 8, in environment 1\..* must return finite observations"
-    with pytest.raises(ValueError, match=rf"KLipPPO .* stopped at 32 steps .*, as the gradient is not finite: {message}"):
+    message = r"\(observation\[1\] is inf, at step 3 of the rollout's 8, in environment 1\)\..* cannot take such observations"
+    with pytest.raises(ValueError, match=rf"KLipPPO .* stopped at 32 steps .*, as the gradient is not finite: .* {message}"):
         model.learn(64)
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "clip_range"])
-def test_a_schedule_that_is_nan_is_named(name):
-    model = KLipPPO(
-        "MlpPolicy", cartpole(), **{**FAST, name: lambda progress: math.nan if progress < 0.6 else 0.1}, device="cpu"
-    )
-    with pytest.raises(ValueError, match=f"{name} is nan at progress_remaining=0.5, after 64 steps: its schedule must"):
+class Finite(FlattenExtractor):
+    """Of a user whose environment returns infinities."""
+
+    def forward(self, observations):
+        return th.nan_to_num(super().forward(observations), posinf=1.0)
+
+
+def infinite_model(**kwargs):
+    env = DummyVecEnv([lambda: Faulty(0.0, False), lambda: Faulty(np.inf, False)])
+    policy_kwargs = {"features_extractor_class": Finite}
+    return KLipPPO("MlpPolicy", env, n_steps=16, batch_size=8, device="cpu", policy_kwargs=policy_kwargs, **kwargs)
+
+
+def test_the_cause_is_named_before_an_observation_that_need_not_be_one():
+    calls = []
+
+    def failing(ratio, advantages, clip_range):
+        calls.append(len(ratio))
+        return th.full_like(ratio, math.nan if len(calls) > 10 else 0.0)
+
+    with pytest.raises(ValueError, match=r"the removal of the coefficient is nan \(observation\[1\] is inf, .*Try a smaller"):
+        infinite_model(beta=failing).learn(64)
+
+
+class TooLongError(ValueError):
+    """Of a user's own."""
+
+
+@pytest.mark.parametrize("kind", [TooLongError, ValueError])
+def test_errors_of_callbacks_stay_as_they_are(kind):
+    error = kind("the budget is spent")
+
+    class Budget(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps >= 24:
+                raise error
+            return True
+
+    with pytest.raises(kind) as caught:
+        infinite_model().learn(64, callback=Budget())
+    assert caught.value is error
+
+
+def falls_to_nan(progress_remaining):
+    return math.nan if progress_remaining < 0.6 else 0.1
+
+
+def test_a_learning_rate_that_is_nan_is_named():
+    model = KLipPPO("MlpPolicy", cartpole(), **{**FAST, "learning_rate": falls_to_nan}, device="cpu")
+    with pytest.raises(ValueError, match=r"learning_rate is nan at progress_remaining=0\.5, after 64 steps: its schedule"):
         model.learn(128)
     assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+def test_a_clip_range_that_is_nan_is_as_with_ppo():
+    kwargs = {**FAST, "clip_range": falls_to_nan, "seed": 0, "device": "cpu"}
+    assert_identical(*(algorithm("MlpPolicy", cartpole(), **kwargs).learn(128) for algorithm in (KLipPPO, PPO)))
 
 
 def test_a_reward_that_vecnormalize_spreads_is_said_to_be_of_several():
@@ -195,7 +244,7 @@ def test_a_reward_that_vecnormalize_spreads_is_said_to_be_of_several():
 
     env = VecNormalize(DummyVecEnv([lambda: Unrewarding(0.0, False), lambda: Unrewarding(1.0, False)]), norm_obs=False)
     model = KLipPPO("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu")
-    with pytest.raises(ValueError, match=r"reward is nan, at step 2 .* in environment 0 and 1 more \(VecNormalize makes all"):
+    with pytest.raises(ValueError, match=r"reward is nan, at step 2 .* in environment 0 and all others, as VecN"):
         model.learn(64)
 
 

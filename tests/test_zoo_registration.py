@@ -107,7 +107,7 @@ def test_reuse_among_the_hyperparameters(train_here):
 
 
 def test_a_mistake_in_reuse_is_refused_before_anything_is_made(tmp_path):
-    with pytest.raises(ValueError, match="reuse=0 must be a whole number from 1 up"):
+    with pytest.raises(ValueError, match="reuse=0 must be a whole number from 1 to 1000000"):
         zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", "reuse:0", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -85,9 +85,10 @@ class LoadArguments:
 
         :raises TypeError: with the nearest name
         """
+        of_load = inspect.signature(self.algorithm.load).parameters  # type: ignore[attr-defined]
+        candidates = {*self._arguments, *of_load} - {"kwargs"}
         for name in (*self.kwargs, *self.given):
             known = name in self._arguments or name in self.checkpoint.data or hasattr(self.algorithm, name)
-            candidates = {*self._arguments, *inspect.signature(self.algorithm.load).parameters}  # type: ignore[attr-defined]
             if not known and (hint := did_you_mean(name, candidates)):
                 raise TypeError(f"{self.algorithm.__name__}.load has no argument {name!r}.{hint}")
 

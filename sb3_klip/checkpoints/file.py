@@ -189,8 +189,6 @@ class Checkpoint(NamedTuple):
 
     def _unreadable_weights(self) -> str | None:
         """The first file of tensors in it that torch cannot read, if any."""
-        if self.path is None:
-            self.file.seek(0)
         with zipfile.ZipFile(self.file) as archive:
             for member in archive.namelist():
                 if member.endswith(".pth"):

@@ -5,6 +5,7 @@ import re
 import warnings
 from typing import Any
 
+import gymnasium as gym
 import yaml
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -126,7 +127,7 @@ def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = Tr
     :raises TypeError: if ``venv`` is no ``VecEnv``, or ``trusted`` no bool
     """
     check_flag("trusted", trusted)
-    if not isinstance(venv, VecEnv):
+    if isinstance(venv, gym.Env):
         raise TypeError(f"venv={venv!r} must be a VecEnv, as make_vec_env returns")
     content = pathlib.Path(path).read_bytes()
     try:

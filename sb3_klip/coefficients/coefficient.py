@@ -57,15 +57,13 @@ class Coefficient:
         self.function = _own(function)
         self.name = name
         #: The quantities that it requests, see :data:`QUANTITIES`.
-        self._order, self.requests, declared = _read_signature(function, name)
-        #: Its parameters, as its signature declares them.
-        self.declared: dict[str, Parameter] = declared
+        self._order, self.requests, self._declared = read_signature(function, name)
         # NumPy's numbers as Python's, which files hold.
         given = {key: value.item() if isinstance(value, np.generic) else value for key, value in (parameters or {}).items()}
-        check_names(given, self.declared, name)
+        check_names(given, self._declared, name)
         #: Its parameters, as they were given: numbers or schedules.
-        self.settings = {key: given.get(key, parameter.default) for key, parameter in self.declared.items()}
-        for key, parameter in self.declared.items():
+        self.settings = {key: given.get(key, parameter.default) for key, parameter in self._declared.items()}
+        for key, parameter in self._declared.items():
             parameter.check(self.settings[key], name)
         _check_methods(function, self.settings, name)
         #: What is needed to construct it again under its name: arguments of an object's constructor, and its parameters.
@@ -119,7 +117,8 @@ class Coefficient:
         """
         self.progress = 1.0 - progress_remaining
         self.values = {
-            key: parameter.value(self.settings[key], progress_remaining, self.name) for key, parameter in self.declared.items()
+            key: parameter.value(self.settings[key], progress_remaining, self.name)
+            for key, parameter in self._declared.items()
         }
 
     def __call__(
@@ -215,22 +214,23 @@ class Coefficient:
 
     def _try_out(self) -> None:
         """Call the function once on every kind of sample, so that it does not fail hours later; what it learns is not kept."""
-        ratio = th.tensor([1.0, 1.1, 2.0, 0.3, 2.0, 0.3, 1.0, 2.0])
-        advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
-        trial = copy.copy(self)
-        trial.function = _own(self.function)
-        samples = {
-            "kl": th.full_like(ratio, 0.05),
-            "position": th.zeros_like(ratio),
-            "age": th.zeros_like(ratio),
-            "old_log_prob": th.full_like(ratio, -1.0),
-            "least_ratio": th.full_like(ratio, 0.7),
-            "greatest_ratio": th.full_like(ratio, 1.5),
-        }
-        given = {"ratio": ratio, "advantages": advantages, **samples}
-        before = {key: tensor.clone() for key, tensor in given.items()}
-        result = trial(ratio, advantages, 0.2, **samples)
-        if changed := [key for key, tensor in given.items() if not tensor.equal(before[key])]:
+        with th.inference_mode(False):  # its tensors do not know how often they were changed
+            ratio = th.tensor([1.0, 1.1, 2.0, 0.3, 2.0, 0.3, 1.0, 2.0])
+            advantages = th.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0, 0.0, 0.0])
+            samples = {
+                "kl": th.full_like(ratio, 0.05),
+                "position": th.zeros_like(ratio),
+                "age": th.zeros_like(ratio),
+                "old_log_prob": th.full_like(ratio, -1.0),
+                "least_ratio": th.full_like(ratio, 0.7),
+                "greatest_ratio": th.full_like(ratio, 1.5),
+            }
+            given = {"ratio": ratio, "advantages": advantages, **samples}
+            before = {key: tensor._version for key, tensor in given.items()}
+            trial = copy.copy(self)
+            trial.function = _own(self.function)
+            result = trial(ratio, advantages, 0.2, **samples)
+        if changed := [key for key, tensor in given.items() if tensor._version != before[key]]:
             raise ValueError(f"coefficient {self!r} must return new tensors, but it changes {changed[0]!r} in place")
         for what, tensor in zip(("removal", "weight"), result, strict=True):
             if tensor is not None and not tensor.isfinite().all():
@@ -320,7 +320,7 @@ def _check_methods(function: CoefficientFunction, parameters: Mapping[str, Any],
         )
 
 
-def _read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Parameter]]:
+def read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Parameter]]:
     """The order of a function's first three arguments, what it asks for, and its parameters."""
     if not callable(function):
         raise TypeError(f"a coefficient must be a name or a callable, not {function!r}")

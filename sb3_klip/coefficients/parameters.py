@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -147,18 +148,12 @@ def at_progress(value: Any, progress_remaining: float, name: str) -> float:
             ) from error
     elif isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
-    hint = " (YAML reads 1e-2 as text: write 0.01 or 1.0e-2)" if isinstance(value, str) and _is_number(value) else ""
+    # YAML's numbers with an exponent have a dot.
+    is_yaml = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+    hint = f" (which YAML reads as text: write {float(value)!r})" if is_yaml else ""
     raise TypeError(
         f"{name} must be a number, a schedule such as 'lin_0.1', or a function of the remaining progress, not {value!r}{hint}"
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def check_names(given: Mapping[str, Any], parameters: Mapping[str, Parameter], owner: str) -> None:

@@ -123,7 +123,8 @@ def position(
     try:
         scaled = make_beta(base, base_kwargs)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"base={base!r} with base_kwargs={base_kwargs!r} of 'position': {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"base={base!r} with base_kwargs={base_kwargs!r} of 'position': {error}") from error
     if isinstance(scaled, Product):
         raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}

@@ -3,13 +3,19 @@
 import copy
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeVar
 
-from sb3_klip.coefficients.coefficient import Coefficient, CoefficientLike, constructor_signature
+from sb3_klip.coefficients.coefficient import (
+    LEADING,
+    QUANTITIES,
+    Coefficient,
+    CoefficientLike,
+    constructor_signature,
+    read_signature,
+)
 from sb3_klip.coefficients.parameters import Parameter, check_names
 from sb3_klip.errors import did_you_mean
 
@@ -77,10 +83,8 @@ def register(
     if callable(name):
         raise TypeError(f"register needs a name: @register({getattr(name, '__name__', 'name')!r})")
     for word in (name, *preset_aliases):
-        if not isinstance(word, str) or not re.fullmatch(r"[^\s:=,]+", word):
-            raise ValueError(
-                f"the name of a coefficient must be a word, without space, colon, comma or equals sign, not {word!r}"
-            )
+        if not isinstance(word, str) or not word or {*word} & {*":=,"}:
+            raise ValueError(f"the name of a coefficient must be a text without colon, comma or equals sign, not {word!r}")
 
     def decorate(function: AnyFunction) -> AnyFunction:
         if unknown := next((key for key in search or {} if key not in _names_of_arguments(function)), None):
@@ -207,7 +211,7 @@ def _made(function: Any, name: str, parameters: Mapping[str, Any]) -> Coefficien
             )
         function = function(**own)
         constructors = {a.name: Parameter.of(a) for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)}
-        check_names(given, {**constructors, **Coefficient(function, name).declared}, name)
+        check_names(given, {**constructors, **read_signature(function, name)[2]}, name)
     return Coefficient(function, name, given)
 
 
@@ -217,11 +221,12 @@ def _imported(name: str) -> Callable[..., Any]:
     reason = did_you_mean(name, _WORDS)
     if module in _WORDS:
         reason = f" Parameters are given as beta_kwargs, and the name alone as beta={module!r}."
-    elif separator and attribute.isidentifier():
+    if separator and attribute.isidentifier():
         try:
             found = getattr(importlib.import_module(module), attribute, None)
         except Exception as error:  # whatever the module raises; ValueError where there is none before the colon
-            reason = f" {module} cannot be imported: {type(error).__name__}: {error}."
+            if module not in _WORDS:
+                reason = f" {module} cannot be imported: {type(error).__name__}: {error}."
         else:
             if callable(found):
                 return found
@@ -239,11 +244,12 @@ def _listing() -> str:
 
 
 def _names_of_arguments(function: Callable[..., Any]) -> list[str]:
-    """What a function takes; of a class, what its constructor and its objects take."""
-    if not inspect.isclass(function):
-        return list(inspect.signature(function).parameters)
-    of_objects: Any = function.__call__
-    return [*inspect.signature(of_objects).parameters, *(each.name for each in constructor_signature(function))]
+    """The parameters of a function; of a class, those of its constructor and of its objects."""
+    arguments = list(inspect.signature(function).parameters)
+    if inspect.isclass(function):
+        of_objects: Any = function.__call__
+        arguments = [*inspect.signature(of_objects).parameters, *(each.name for each in constructor_signature(function))]
+    return [name for name in arguments if name not in ("self", *LEADING, *QUANTITIES)]
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:
