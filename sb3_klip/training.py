@@ -126,7 +126,8 @@ class PerSampleKLTraining(Seam):
         coefficient = self._known_coefficient()
         coefficient.set_progress(self._current_progress_remaining)
         self._update_learning_rate(self.policy.optimizer)
-        if any(math.isnan(float(group.get("lr", 0.0))) for group in self.policy.optimizer.param_groups):
+        rates = [group.get("lr") for group in self.policy.optimizer.param_groups]  # tensors, or None, with some optimizers
+        if any(math.isnan(rate) for rate in rates if rate is not None):
             raise ValueError(
                 f"learning_rate is nan at progress_remaining={self._current_progress_remaining:g}, after {self.num_timesteps} "
                 "steps: its schedule must return a number. The policy is as it was before this update."
