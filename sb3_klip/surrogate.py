@@ -364,19 +364,10 @@ def per_sample_kl_loss(
         if value.startswith("sequence") and log_prob.ndim != 2:
             raise ValueError(f"{argument}={value!r} needs shape (B, T), not {tuple(log_prob.shape)}")
     # Only here: the coefficients are made of this module's functions.
-    from sb3_klip.coefficients import QUANTITIES, make
+    from sb3_klip.coefficients import make
 
-    if unknown := next((name for name in quantities if name not in QUANTITIES), None):
-        hint = did_you_mean(unknown, [*QUANTITIES, "coefficient", "clip_range", "mask", "reduction", "ratio"])
-        raise TypeError(
-            f"per_sample_kl_loss has no argument {unknown!r}.{hint} Parameters of a coefficient are given when it is made: "
-            "make('linear_ramp', width=0.1)."
-        )
     coefficient = make(coefficient)
-    kl = quantities.get("kl")
-    differentiates = log_prob.requires_grad and th.is_grad_enabled()
-    if differentiates and coefficient.estimator == "analytic" and isinstance(kl, th.Tensor) and not kl.requires_grad:
-        raise ValueError(f"kl must be differentiable, as {coefficient!r} penalises it, but it has no gradient")
+    _check_quantities(quantities, coefficient, log_prob)
     if isinstance(clip_range, th.Tensor):
         clip_range = clip_range.to(log_prob)
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
@@ -390,6 +381,25 @@ def per_sample_kl_loss(
     if mask is None:
         return loss.mean(dim=1).mean()
     return (loss.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+
+
+def _check_quantities(quantities: dict[str, Any], coefficient: "Coefficient", log_prob: th.Tensor) -> None:
+    """Refuse what is none, would broadcast, or would leave a penalty without gradient."""
+    from sb3_klip.coefficients import QUANTITIES
+
+    for name, value in quantities.items():
+        if name not in QUANTITIES:
+            hint = did_you_mean(name, [*QUANTITIES, "coefficient", "clip_range", "mask", "reduction", "ratio"])
+            raise TypeError(
+                f"per_sample_kl_loss has no argument {name!r}.{hint} Parameters of a coefficient are given when it is made: "
+                "make('linear_ramp', width=0.1)."
+            )
+        if name != "progress" and not (isinstance(value, th.Tensor) and value.shape == log_prob.shape):
+            shown = f"the shape {tuple(value.shape)}" if isinstance(value, th.Tensor) else f"the value {value!r}"
+            raise ValueError(f"{name} has {shown}, but must be a tensor of the shape of log_prob, {tuple(log_prob.shape)}")
+    differentiates = log_prob.requires_grad and th.is_grad_enabled()
+    if differentiates and coefficient.estimator == "analytic" and "kl" in quantities and not quantities["kl"].requires_grad:
+        raise ValueError(f"kl must be differentiable, as {coefficient!r} penalises it, but it has no gradient")
 
 
 def _sequence_log_ratio(log_prob: th.Tensor, old_log_prob: th.Tensor, mask: th.Tensor | None) -> th.Tensor:

@@ -84,7 +84,9 @@ def made_up_result(task: str, method: str, seed: int, final: float, digest: str 
 def write_results(folder: Path, results: list[Result], suite: str = "paper") -> Path:
     """Write results into the folder of a suite, below a folder; returns it."""
     folder = folder / suite
-    open_folder(folder, read_suite(suite), 1)
+    whole = read_suite(suite)
+    short = {name: {**settings, "n_timesteps": 1000} for name, settings in whole.definition.items()}
+    open_folder(folder, whole._replace(definition=short), 1)
     for each in results:
         about = each.about
         write_result(folder / "results" / about["task"] / about["method"] / f"seed-{about['seed']}.csv", each)

@@ -526,6 +526,24 @@ def test_composition_with_a_penalty():
     assert make("position", base="trust_region").requests == ("position", "kl")
 
 
+@pytest.mark.parametrize("factor", [make("fixed", estimator="k3"), make("adaptive"), make("espo")], ids=repr)
+def test_a_factor_is_a_removal_alone(factor):
+    with pytest.raises(ValueError, match="must have no weight on a KL estimate, no state and no stop"):
+        Product(make("step"), factor, "mine", {})
+
+
+def test_a_product_needs_what_one_of_both_needs():
+    step = make("step")
+    for factor in (make("soft_adaptive"), make("quadratic")):
+        for product in (Product(step, factor, "mine", {}), Product(factor, step, "mine", {})):
+            for need in ("needs_policy_ratio", "needs_clip_range"):
+                assert getattr(product, need) == getattr(factor, need)
+    wide, narrow = (make("trust_region_guided", delta=delta) for delta in (0.1, 0.01))
+    with pytest.raises(ValueError, match="must have the same delta"):
+        Product(wide, narrow, "mine", {})
+    assert Product(wide, make("trust_region_guided", delta=0.1), "mine", {}).delta == 0.1
+
+
 def test_a_product_is_the_first_coefficient_times_the_removal_of_the_second():
     base, factor = make("adaptive", initial=3.0, estimator="k3"), make("linear_ramp", width=0.1)
     product = Product(base, factor, "mine", {"a": 1})

@@ -284,6 +284,13 @@ def test_a_module_may_have_the_name_of_a_coefficient(tmp_path, monkeypatch):
         make("adaptive:yours")
 
 
+def test_a_factory_returns_a_coefficient(monkeypatch):
+    monkeypatch.setattr(registry, "_WORDS", dict(registry._WORDS))
+    register("made", factory=True)(lambda: lambda ratio, advantages, clip_range: 0 * ratio)
+    with pytest.raises(TypeError, match="the factory of coefficient 'made' must return a Coefficient, not <function"):
+        make("made")
+
+
 def test_a_class_itself_is_no_coefficient():
     message = r"Counting is a class: give an instance, Counting\(…\), or its name, beta='.*:Counting'\. An instance is called"
     with pytest.raises(TypeError, match=message):

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from small_suites import SUITE, TINY, write_suite
+from small_suites import SUITE, TINY, made_up_result, write_suite
 
 from sb3_klip.experiments.__main__ import main
-from sb3_klip.experiments.folder import check_worker, open_folder
+from sb3_klip.experiments.folder import check_worker, open_folder, read_folder
+from sb3_klip.experiments.results import Result, write_result
 from sb3_klip.experiments.suite import Suite, read_suite
 
 
@@ -47,6 +48,32 @@ def test_hyperparameters_that_have_changed(tmp_path):
         "  - definition.CartPole-v1/step.n_steps: 64 there, 32 here",
         "  - definition.CartPole-v1/step.n_envs: 1 there, 2 here",
     }
+
+
+def test_results_of_another_folder_are_told_apart(tmp_path):
+    """As where two folders were merged, which is done by copying files."""
+    folder = tmp_path / "out"
+    open_folder(folder, read_suite(write_suite(tmp_path, methods={"step": {"beta": "step", "gamma": 0.9}})), 1)
+    made_with = {"hyperparams": {"beta": "step", "gamma": 0.9}, "timesteps": 512}
+
+    def put(method: str, **changes: Any) -> None:
+        about, curve = made_up_result("CartPole-v1", method, 0, 1.0)
+        path = folder / "results" / "CartPole-v1" / method / "seed-0.csv"
+        write_result(path, Result({**about, **made_with, **changes}, curve))
+
+    put("step")
+    assert len(read_folder(folder)[1]) == 1
+    put("step", hyperparams={"beta": "step", "gamma": 0.8}, timesteps=7)
+    with pytest.raises(
+        ValueError, match=r"seed-0\.csv is of another CartPole-v1/step .*gamma: 0\.8 there, 0\.9 here; n_timesteps: 7"
+    ):
+        read_folder(folder)
+    put("step")
+    put("other")
+    with pytest.raises(
+        ValueError, match=r"seed-0\.csv is of CartPole-v1/other, which suite\.json does not have: `run` adds it"
+    ):
+        read_folder(folder)
 
 
 def test_what_hinders_a_worker(tmp_path):

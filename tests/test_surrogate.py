@@ -262,6 +262,23 @@ def test_bad_input_names_the_argument():
         per_sample_kl_loss(ones, ones, ones, "linear_ramp", width=0.1)
 
 
+def test_the_progress_is_what_is_given():
+    def late(ratio, advantages, clip_range, progress):
+        return th.zeros_like(ratio) + progress
+
+    log_prob = th.zeros(4, requires_grad=True)
+    for progress in (0.0, 0.5, 1.0):
+        loss = per_sample_kl_loss(log_prob, th.zeros(4), th.ones(4), late, progress=progress)
+        assert gradient(loss, log_prob).tolist() == [-(1 - progress) / 4] * 4
+
+
+@pytest.mark.parametrize("kl", [th.ones(3), th.ones(1), th.ones(3, 1), 0.1])
+def test_quantities_that_would_broadcast_are_refused(kl):
+    log_prob = th.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"kl has the .*, but must be a tensor of the shape of log_prob, \(3, 3\)"):
+        per_sample_kl_loss(log_prob, log_prob, log_prob, "fixed", kl=kl)
+
+
 def test_a_penalty_without_gradient_is_refused():
     log_prob, old = th.zeros(4, requires_grad=True), th.zeros(4)
     with pytest.raises(ValueError, match=r"kl must be differentiable, as fixed\(.*\) penalises it"):

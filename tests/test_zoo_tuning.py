@@ -83,6 +83,13 @@ def test_arguments_that_have_no_default_are_searched(monkeypatch):
     assert search_space(is_continuous=True)["limited"] == search_space()["limited"] == {"limit": (1.0, 3.0)}
 
 
+def test_a_study_that_searched_among_others():
+    study = optuna.create_study(study_name="mine")
+    sampler_with_beta(sample_ppo_params, "sigmoid")(study.ask(), 1, 1, {})
+    with pytest.raises(ValueError, match=r"--study-name='mine' has searched among other coefficients than .*linear_ramp"):
+        sampler_with_beta(sample_ppo_params)(study.ask(), 1, 1, {})
+
+
 def test_converter_passes_on_trials_without_a_coefficient():
     params = optuna.create_study().ask()
     sample_ppo_params(params, 1, 1, {})

@@ -141,7 +141,7 @@ class Coefficient:
         """
         asked = {}
         for key in self.requests:
-            value = self.progress if key == "progress" else quantities.get(key)
+            value = quantities.get(key, self.progress if key == "progress" else None)
             if value is None:
                 raise ValueError(f"coefficient {self.name!r} needs {key!r}: {QUANTITIES[key]}")
             asked[key] = value.detach() if isinstance(value, th.Tensor) else value

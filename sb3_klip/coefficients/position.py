@@ -16,8 +16,9 @@ class Product(Coefficient):
 
     :param base: the coefficient that is scaled
     :param factor: the coefficient whose removal is the factor; it must have no weight and no state
-    :param name: name for messages and checkpoints
+    :param name: name for messages and checkpoints; to be loaded again, it must be registered
     :param parameters: arguments that construct it again under this name
+    :raises ValueError: if the factor has a weight, a state or a ``stop``, or both have a trust region, of different sizes
     """
 
     def __init__(self, base: Coefficient, factor: Coefficient, name: str, parameters: Mapping[str, Any]):
@@ -25,9 +26,16 @@ class Product(Coefficient):
         self.settings = {}
         self.function = base.function
         self.requests = tuple(dict.fromkeys(factor.requests + base.requests))
-        self.estimator, self.needs_clip_range, self.learns = base.estimator, base.needs_clip_range, base.learns
-        self.needs_policy_ratio = base.needs_policy_ratio
+        self.estimator, self.learns = base.estimator, base.learns
+        self.needs_clip_range = base.needs_clip_range or factor.needs_clip_range
+        self.needs_policy_ratio = base.needs_policy_ratio or factor.needs_policy_ratio
         self.needs_probabilities = base.needs_probabilities or factor.needs_probabilities
+        if factor.estimator is not None or any(
+            hasattr(factor.function, hook) for hook in ("end_update", "stop", "state_dict")
+        ):
+            raise ValueError(f"factor={factor!r} of {name!r} must have no weight on a KL estimate, no state and no stop")
+        if base.needs_ratio_bounds and factor.needs_ratio_bounds and base.delta != factor.delta:
+            raise ValueError(f"base={base!r} and factor={factor!r} of {name!r} must have the same delta")
 
     @property
     def is_constant(self) -> bool:
@@ -125,7 +133,7 @@ def position(
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"base={base!r} with base_kwargs={base_kwargs!r} of 'position': {error}") from error
-    if isinstance(scaled, Product):
+    if scaled.name == "position":
         raise ValueError(f"base={base!r} is itself scaled by the position: give the coefficient to scale, such as 'step'")
     parameters = {"base": scaled.name, "base_kwargs": scaled.parameters, **factor.parameters}
     return Product(scaled, factor, "position", parameters)

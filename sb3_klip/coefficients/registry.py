@@ -153,7 +153,9 @@ def make(name: str | CoefficientLike, /, **parameters: Any) -> Coefficient:
             return _made(entry.function, entry.name, parameters)
         declared = inspect.signature(entry.function, eval_str=True).parameters.values()
         check_names(parameters, {each.name: Parameter.of(each) for each in declared}, entry.name)
-        return entry.function(**parameters)
+        if not isinstance(coefficient := entry.function(**parameters), Coefficient):
+            raise TypeError(f"the factory of coefficient {entry.name!r} must return a Coefficient, not {coefficient!r}")
+        return coefficient
     if inspect.isclass(name):
         where = _qualified_name(name)
         raise TypeError(

@@ -74,14 +74,28 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], list[Result]]:
     All finished cells.
 
     :return: the manifest, and the results in the order of their paths
-    :raises ValueError: if there are none, or something cannot be read
+    :raises ValueError: if there are none, one is not of the suite's methods, or something cannot be read
     """
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} has no {MANIFEST}, so it is not the folder of a suite")
-    results = [read_result(path) for path in sorted(folder.glob("results/*/*/seed-*.csv"))]
-    if not results:
+    paths = sorted(folder.glob("results/*/*/seed-*.csv"))
+    if not paths:
         raise ValueError(f"{folder} has no finished cells yet")
-    return _manifest(folder), results
+    manifest, results = _manifest(folder), [read_result(path) for path in paths]
+    for path, result in zip(paths, results, strict=True):
+        _check_result(path, result.about, manifest["definition"])
+    return manifest, results
+
+
+def _check_result(path: Path, about: dict[str, Any], definition: dict[str, Any]) -> None:
+    """Refuse a result that is not of the suite's methods, as where those of another folder were copied."""
+    name = f"{about['task']}/{about['method']}"
+    if name not in definition:
+        raise ValueError(f"{path} is of {name}, which {MANIFEST} does not have: `run` adds it, with a suite that has it")
+    made_with = {**about["hyperparams"], "algo": about["algo"], "n_timesteps": about["timesteps"]}
+    expected = {key: definition[name].get(key) for key in made_with}
+    if different := _differences(made_with, expected):
+        raise ValueError(f"{path} is of another {name} than {MANIFEST} has: {'; '.join(different)}")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -60,7 +60,13 @@ def sampler_with_beta(sampler: Sampler, only: str | None = None) -> Sampler:
         hyperparams = sampler(trial, n_actions, n_envs, additional_args)
         # The zoo counts the actions of Box action spaces only.
         spaces = search_space(is_continuous=n_actions > 0) if only is None else {only: declared_ranges(only) or {}}
-        name = trial.suggest_categorical("beta", list(spaces))
+        try:
+            name = trial.suggest_categorical("beta", list(spaces))
+        except ValueError as error:
+            raise ValueError(
+                f"--study-name={trial.study.study_name!r} has searched among other coefficients than {', '.join(spaces)}: "
+                f"choose another --study-name ({error})"
+            ) from error
         beta_kwargs = {
             parameter: trial.suggest_float(f"beta_{name}_{parameter}", low, high, log=True)
             for parameter, (low, high) in spaces[name].items()
