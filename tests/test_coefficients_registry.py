@@ -116,7 +116,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "parameters", "error", "message"), BAD, ids=lambda value: str(value).partition("<function")[0][:40])
+@pytest.mark.parametrize(
+    ("name", "parameters", "error", "message"), BAD, ids=lambda value: str(value).partition("<function")[0][:40]
+)
 def test_bad_input_is_refused(name, parameters, error, message):
     with pytest.raises(error, match=message):
         make(name, **parameters)
