@@ -144,10 +144,11 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         self._check_action_space(coefficient)
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
-        is_constant = self.clip_range(1.0) == self.clip_range(0.0)
         needs_delta = coefficient.needs_ratio_bounds and coefficient.delta is None
-        if needs_delta and is_constant and not isinstance(self.action_space, spaces.Box):
-            default_delta("categorical", self.clip_range(1.0), get_action_dim(self.action_space))
+        if needs_delta and not isinstance(self.action_space, spaces.Box):
+            clip_range = self.clip_range(1.0)
+            if clip_range == self.clip_range(0.0):  # one that falls may start too high, as the first update comes later
+                default_delta("categorical", clip_range, get_action_dim(self.action_space))
         action_dist = getattr(self.policy, "action_dist", None)
         needs_kl = coefficient.needs_kl or coefficient.needs_ratio_bounds or self.log_kl
         if needs_kl and not isinstance(action_dist, DISTRIBUTIONS):

@@ -57,6 +57,14 @@ def test_a_clip_range_that_falls_may_start_where_trgppo_has_no_bounds():
     assert KLipPPO("MlpPolicy", cartpole(), **FAST, beta="trgppo", clip_range=lambda progress: progress).learn(64)
 
 
+def test_schedules_are_not_asked_when_a_model_is_made():
+    asked = []
+    model = KLipPPO("MlpPolicy", cartpole(), **FAST, clip_range=lambda progress: asked.append(progress) or 0.2, device="cpu")
+    assert asked == []
+    model.learn(64)
+    assert asked == [0.0]
+
+
 def test_bad_coefficient_is_refused_before_the_environment_is_made():
     with pytest.raises(ValueError, match="Did you mean 'step'"):
         KLipPPO("MlpPolicy", "NoSuchEnvironment-v0", beta="stpe")

@@ -75,7 +75,7 @@ def register(
     :param factory: whether the function takes the parameters, all keyword-only, and returns a :class:`Coefficient`
     :param presets: further names, each with a dict of the parameters that it presets
     :return: decorator that returns the same function
-    :raises ValueError: if a name is taken by another coefficient, or is no word
+    :raises ValueError: if a name is taken by another coefficient, or is not allowed
     :raises TypeError: if there is no name, or ``search`` names something that is no parameter
     """
 
