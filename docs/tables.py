@@ -156,6 +156,11 @@ def against_paper() -> str:
     return _reported("paper", "Against the paper")
 
 
+def paper_gains() -> str:
+    """What the intervals show of the paper's methods, by task."""
+    return _reported("paper", "Gain over `step` at the end, by task")
+
+
 def authors_trainer() -> str:
     """LunarLander-v3 with parts of the paper's trainer."""
     task = "LunarLander-v3"
@@ -320,7 +325,7 @@ TABLES = {
     for each in (
         *(coefficients, families, references, quantities, constants, policy_ratio, without_clip_range, variants, modules),
         *(speed, memory, sizes, times),
-        *(against_paper, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
+        *(against_paper, paper_gains, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
         *(reuse, reuse_long, reuse_gains, search, preset),
     )
 }

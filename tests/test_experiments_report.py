@@ -127,9 +127,34 @@ def test_what_the_data_exclude(tmp_path):
     # 141.4 and two degrees of freedom: 4.30 × 141.4 of 1100 are 55 %, and a little more, as the gain is above 0.
     text = (folder / "report.md").read_text()
     assert table(text, GAINS) == [["sigmoid", "+1 [-55, +56]", "+0 [-27, +28]"]]
+    assert table(text, f"{GAINS} at the end, by task") == [["Hopper-v4", "+1 [-55, +56]"]]
     # Two seeds are too few for a bootstrap's interval. Of four pairs, three are won.
     assert table(text, "## All tasks together")[1][2:4] == ["1.01", "0.75"]
     assert table(text, "## Interquartile means, by task") == [["Hopper-v4", "1100", "1110"]]
+
+
+def test_gains_by_task(tmp_path):
+    """A loss on one task is shown where the mean over tasks shows none, on that task's own scale."""
+    finals = {
+        ("Hopper-v4", "step"): 1000.0,
+        ("Hopper-v4", "fixed"): 1000.0,
+        ("Ant-v4", "step"): 100.0,
+        ("Ant-v4", "fixed"): 50.0,
+    }
+    results = [
+        made_up_result(task, method, seed, final * (1 + spread))
+        for (task, method), final in finals.items()
+        for seed, spread in enumerate((-0.1, 0, 0.1) if task == "Ant-v4" else (-0.5, 0, 0.5))
+    ]
+    folder = write_results(tmp_path, results)
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.md").read_text()
+    assert table(text, f"{GAINS}\n")[0][1].startswith("-25 [-")  # not in bold
+    # Welch, Hopper-v4: √(1 + 1) 50/√3 and four degrees of freedom. Ant-v4: √(5² + (0.5 · 10)²)/√3, four as well.
+    assert table(text, f"{GAINS} at the end, by task") == [
+        ["Hopper-v4", "+0 [-113, +113]"],
+        ["Ant-v4", "**-50 [-61, -39]**"],
+    ]
 
 
 def test_samples_with_reuse(tmp_path):

@@ -224,6 +224,9 @@ def _together(rows: pd.DataFrame, reference: str, at: str) -> list[str]:
         "count. The intervals are Welch's, 95 %: about one in twenty does not contain the true gain. One that does not "
         "contain 0 is in bold. A gain or loss beyond its interval is excluded.",
         _markdown(gain_table(rows, reference)),
+        f"## Gain over `{reference}` at the end, by task{at}",
+        "The same on each task alone. These intervals are wider, as they have fewer runs.",
+        _markdown(gain_by_task(rows, reference)),
     ]
 
 
@@ -253,11 +256,30 @@ def gain_table(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     :param rows: as from :func:`~sb3_klip.experiments.statistics.with_scores`
     :param reference: the method to compare with
     """
-    methods = [method for method in rows.sort_values("method")["method"].unique() if method != reference]
+    methods = _others(rows, reference)
     table = {"method": methods}
     for title, column in SCORES.items():
         table[title] = [_gain_text(gain(rows, method, reference, column)) for method in methods]
     return pd.DataFrame(table)
+
+
+def gain_by_task(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """
+    The gains at the end of training on each task alone, as in :func:`gain_table`.
+
+    :param rows: as from :func:`~sb3_klip.experiments.statistics.with_scores`
+    :param reference: the method to compare with
+    """
+    by_task = dict(list(rows.groupby("task", observed=True)))
+    table = {"task": list(by_task)}
+    for method in _others(rows, reference):
+        table[method] = [_gain_text(gain(of_task, method, reference)) for of_task in by_task.values()]
+    return pd.DataFrame(table)
+
+
+def _others(rows: pd.DataFrame, reference: str) -> list[str]:
+    """The methods but the reference, in the order of the suite."""
+    return [method for method in rows.sort_values("method")["method"].unique() if method != reference]
 
 
 def _gain_text(gained: Interval) -> str:
