@@ -88,6 +88,24 @@ def _percentiles(values: th.Tensor) -> th.Tensor:
     return low.lerp(high, ordered.new_tensor([place % 1 for place in places]))
 
 
+def _one_dimensional(minibatch: Minibatch) -> Minibatch:
+    """The same with one value per element of the loss, where a policy's log-probabilities of shape (B, 1) make it (B, B)."""
+    shape = minibatch.terms.ratio.shape
+    if len(shape) == 1:
+        return minibatch
+
+    def flat(tensor: th.Tensor | None) -> Any:
+        return None if tensor is None else tensor.expand(shape).reshape(-1)
+
+    terms, replayed = PerSampleKL(*map(flat, minibatch.terms)), minibatch.replayed
+    return minibatch._replace(
+        terms=terms,
+        advantages=flat(minibatch.advantages),
+        mask=None if minibatch.mask is None else flat(minibatch.mask[:, None]),
+        replayed=None if replayed is None else type(replayed)(*map(flat, replayed)),
+    )
+
+
 class UpdateLog:
     """
     The diagnostics of one ``train()``.
@@ -133,9 +151,9 @@ class UpdateLog:
         self._epochs += 1
         if not self.minibatches:  # a buffer of the user's own may hand out none
             return
-        self._pending += self.minibatches
+        self._pending += map(_one_dimensional, self.minibatches)
         self._counts.append(len(self.minibatches))
-        self._samples += sum(minibatch.advantages.numel() for minibatch in self.minibatches)
+        self._samples += sum(minibatch.terms.ratio.numel() for minibatch in self.minibatches)
         if self._samples > _PENDING:
             self._reduce()
 

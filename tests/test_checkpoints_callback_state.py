@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
+import torch as th
 from helpers import assert_identical
 from stable_baselines3.common import callbacks as sb3_callbacks
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EveryNTimesteps
@@ -16,6 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_klip import CSVLogCallback, KLipPPO, ResumableCheckpointCallback
+from sb3_klip.checkpoints import callback_state
 from sb3_klip.checkpoints.callback_state import callbacks_of
 
 SMALL: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 1, "seed": 0, "device": "cpu"}
@@ -117,6 +119,25 @@ def test_an_own_callback_goes_on(tmp_path: Path) -> None:
     assert fresh.table["seen"].tolist() == uninterrupted.table["seen"].tolist()
     assert fresh.scale == uninterrupted.scale  # an argument of the constructor, which the run has changed
     assert fresh.note == "second"  # one that it has not
+
+
+LARGE = [[(0.5, 1)] * 30_000, dict.fromkeys(range(30_000)), np.zeros(200_000), th.zeros(400_000), "x" * 1_100_000]
+
+
+@pytest.mark.parametrize("large", LARGE, ids=lambda large: type(large).__name__)
+def test_large_data_is_not_read_at_the_start(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of learn would take seconds. As an argument of a callback it is kept, since it may have changed."""
+    read: list[Any] = []
+    digest = callback_state._digest
+    monkeypatch.setattr(callback_state, "_digest", lambda value: read.append(value) or digest(value))  # type: ignore[func-returns-value]
+    own = Remembers(2.0, note=large)
+    learner = model()
+    learner.learn(32, own)
+    assert any(value is own.returns for value in read)
+    assert not any(value is large for value in read)
+    assert learner._fingerprints is not None
+    (kept,) = callback_state.remembered(own, learner._fingerprints)
+    assert kept["state"]["note"] is large
 
 
 class Holds(BaseCallback):

@@ -312,6 +312,16 @@ def an_environment_by_its_name(case: Case) -> Any:
     return case.trained("Pendulum-v1", clip_range=0.01)
 
 
+@scenario("KLipPPO")
+def a_vectorized_environment_of_no_class_of_sb3(case: Case) -> Any:
+    model, env = case.model(), case.envs()
+    _, callback = model._setup_learn(STEPS)
+    env.reset()
+    model.collect_rollouts(types.SimpleNamespace(num_envs=1, step=env.step), callback, model.rollout_buffer, STEPS)
+    model.train()
+    return model
+
+
 @scenario()
 def an_environment_that_is_not_vectorized(case: Case) -> Any:
     return case.trained(Task(acted="discrete"))
@@ -736,6 +746,21 @@ OneMore = collections.namedtuple("OneMore", (*RolloutBufferSamples._fields, "mor
 AsDataclass = dataclasses.make_dataclass("AsDataclass", RolloutBufferSamples._fields)
 
 
+class InAColumn(ActorCriticPolicy):
+    """Returns log-probabilities of shape (B, 1), from which the base class makes a loss of shape (B, B)."""
+
+    def evaluate_actions(self, obs: th.Tensor, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values, log_prob[:, None], entropy
+
+
+@scenario("KLipPPO", whole=12, truncated=14)
+def log_probabilities_in_a_column(case: Case, batch_size: int) -> Any:
+    model = case.trained(policy=InAColumn, batch_size=batch_size)
+    names = ("approx_kl", "clip_fraction", "policy_gradient_loss", "loss")
+    return model, [f"{model.logger.name_to_value[f'train/{name}']:.4g}" for name in names]
+
+
 @scenario("KLipPPO", one_more=OneMore, as_dataclass=AsDataclass)
 def samples_of_its_own(case: Case, kind: Any) -> Any:
     class Own(RolloutBuffer):
@@ -881,6 +906,22 @@ def what_a_hook_of_the_optimizer_sees(case: Case) -> Any:
     model, seen = case.model(), []
     model.policy.optimizer.register_step_post_hook(lambda optimizer, *args: seen.append(optimizer.param_groups[0]["foreach"]))
     return model.learn(STEPS), seen
+
+
+@scenario("KLipPPO")
+def a_step_replaced_in_the_class_of_the_optimizer(case: Case) -> Any:
+    """Before the model is made: torch then wraps it, as it wraps its own."""
+    original, calls = th.optim.Adam.step, []
+
+    def of_signs(optimizer: Any, closure: Any = None) -> Any:
+        calls.append(1)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.sign_()
+        return original(optimizer, closure)
+
+    with mock.patch.object(th.optim.Adam, "step", of_signs):
+        return case.trained(), len(calls)
 
 
 @scenario()
@@ -1213,6 +1254,15 @@ def save_and_load_streams(case: Case) -> Any:
         model.save(file)
     with (case.folder / "model.zip").open("rb") as file:
         return case.algorithm.load(stream), case.algorithm.load(file, env=case.envs()).learn(STEPS)
+
+
+@scenario()
+def load_with_what_other_algorithms_have(case: Case) -> Any:
+    """As code for several algorithms does; a keyword becomes an attribute."""
+    case.trained().save(case.folder / "model")
+    others = {"exploration_schedule": 0.1, "replay_buffer_class": None, "optimizer_class": None, "batch": 1}
+    model = case.algorithm.load(case.folder / "model", custom_objects=others, total_timesteps=3, rnd_coef=0.5)
+    return model, model.total_timesteps, model.rnd_coef
 
 
 @scenario()

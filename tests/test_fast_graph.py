@@ -399,6 +399,8 @@ def test_no_graph_where_comparing_it_takes_longer_than_it_saves() -> None:
     learner = model(env="CartPole-v1", n_epochs=1, **large).learn(512)
     assert learner.update_path == "eager, as products of matrices take nearly all of its time"
     assert graph.reason_not_worth_it(model(env="CartPole-v1", n_epochs=20, **large)) == ""
+    large["batch_size"] = np.int16(256)  # with a type whose products overflow
+    assert graph.reason_not_worth_it(model(env="CartPole-v1", n_epochs=1, **large)) != ""
 
 
 class InDoublePrecision(RolloutBuffer):

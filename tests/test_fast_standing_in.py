@@ -1,7 +1,9 @@
 """Functions in the place of methods: only while they are wanted, and never in a copy."""
 
 import copy
+import functools
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,13 +11,14 @@ from unittest import mock
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common import distributions
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, dummy_vec_env
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Normal, normal
 
 from sb3_klip import KLipPPO
 from sb3_klip.fast.standing_in import StandIn, is_patched, is_replaced, standing_in
@@ -80,12 +83,35 @@ def test_a_function_of_a_package_whose_name_begins_alike(monkeypatch: pytest.Mon
     assert is_patched(nn.Tanh, "forward")
 
 
+def test_a_function_that_one_of_the_package_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(th.optim.Adam, "step", lambda *args: None)
+    th.optim.Adam([th.zeros(1)])
+    assert th.optim.Adam.step.__code__.co_filename.startswith(str(Path(th.__file__).parent))
+    assert is_patched(th.optim.Adam, "step")
+
+
+def test_a_function_that_wraps_one_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Tanh, "forward", functools.wraps(nn.Tanh.forward)(lambda self, x: x))
+    assert is_patched(nn.Tanh, "forward")
+
+
+def test_it_has_what_a_method_has() -> None:
+    counter, other = Counter(), Counter()
+    other.number = 3
+    with standing_in([Ten(counter)]):
+        assert counter.count.__self__ is counter
+        assert types.MethodType(counter.count.__func__, other)() == 3
+        assert is_replaced(counter, "count")
+
+
 #: Functions that the fast paths do without. Each is called by PPO.
 PATCHED = [
     *((ActorCriticPolicy, name) for name in ("forward", "extract_features", "_get_action_dist_from_latent")),
     *((MlpExtractor, name) for name in ("forward", "forward_actor")),
     *((DiagGaussianDistribution, name) for name in ("sample", "log_prob")),
     *((Normal, name) for name in ("rsample", "log_prob")),
+    *((distributions, "sum_independent_dims"), (normal, "_standard_normal"), (dummy_vec_env, "deepcopy")),
+    (nn.Module, "__call__"),
     *((nn.Linear, "forward"), (nn.Tanh, "forward")),
     *((DummyVecEnv, name) for name in ("step_wait", "_save_obs")),
     *((RolloutBuffer, name) for name in ("add", "get", "_get_samples")),

@@ -81,7 +81,8 @@ class LoadArguments:
 
     def _check_names(self) -> None:
         """
-        Refuse what is near to an argument and none; any other name becomes an attribute of the model, as with SB3.
+        Refuse what is a letter or two away from an argument. With any other name, the same happens as with SB3: it becomes an
+        attribute of the model, or nothing if it is in ``custom_objects``, where code for several algorithms has those of all.
 
         :raises TypeError: with the nearest name
         """
@@ -89,7 +90,7 @@ class LoadArguments:
         candidates = {*self._arguments, *of_load} - {"kwargs"}
         for name in (*self.kwargs, *self.given):
             known = name in self._arguments or name in self.checkpoint.data or hasattr(self.algorithm, name)
-            if not known and (hint := did_you_mean(name, candidates)):
+            if not known and (hint := did_you_mean(name, candidates, cutoff=0.85)):
                 raise TypeError(f"{self.algorithm.__name__}.load has no argument {name!r}.{hint}")
 
     def _default(self, name: str) -> Any:

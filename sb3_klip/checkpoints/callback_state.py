@@ -21,6 +21,9 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, pathlib.PurePath, n
 #: What a callback is given anew by each call of ``learn``.
 _GIVEN = ("model", "logger", "locals", "globals", "parent", "training_env")
 
+#: Size of what is large, in bytes; each element of a collection counts as 50, and takes as long.
+_LARGE = 1_000_000
+
 #: What every callback counts.
 _COUNTERS = ("n_calls", "num_timesteps")
 
@@ -61,9 +64,32 @@ def fingerprints(callback: BaseCallback) -> dict[int, dict[str, bytes]]:
     What to tell by, later on, which data has changed, without a copy of it: callbacks may hold much.
 
     :param callback: as ``learn`` uses it
-    :return: a digest of each attribute that is plain data, by the id of each of :func:`callbacks_of`
+    :return: a digest of each attribute that is plain data, by the id of each of :func:`callbacks_of`; not of what would take
+        long: it counts as changed
     """
-    return {id(each): {name: _digest(value) for name, value in plain_state(each).items()} for each in callbacks_of(callback)}
+
+    def of_each(each: BaseCallback) -> dict[str, bytes]:
+        own = {name: value for name, value in vars(each).items() if name not in _GIVEN}
+        return {name: _digest(value) for name, value in own.items() if not _is_large(value) and _is_plain(value)}
+
+    return {id(each): of_each(each) for each in callbacks_of(callback)}
+
+
+def _is_large(value: Any) -> bool:
+    """Whether a digest would take more than some hundredths of a second, so that each call of ``learn`` would be slow."""
+    left, values = _LARGE, [value]
+    while values and left > 0:
+        each = values.pop()
+        if isinstance(each, (list, tuple, set, frozenset, deque, dict)):
+            left -= 50 * len(each)
+            if left > 0:
+                with contextlib.suppress(RuntimeError):  # another thread changes it
+                    values += [*each, *each.values()] if isinstance(each, dict) else each
+        elif isinstance(each, (np.ndarray, th.Tensor)):
+            left -= each.nbytes
+        elif isinstance(each, (str, bytes)):
+            left -= len(each)
+    return left <= 0
 
 
 def _digest(value: Any) -> bytes:

@@ -71,7 +71,7 @@ def _traces(env: VecEnv | None) -> dict[Any, np.ndarray]:
     What anybody changes who steps or resets environments in this process: their last observations, and, where the vectorized
     environments are passed over, the generators that a reset draws from.
     """
-    base = None if env is None else env.unwrapped
+    base = getattr(env, "unwrapped", None)
     if not isinstance(base, DummyVecEnv) or not vars(base).keys() >= {"envs", "buf_obs"}:  # or one with its own way to step
         return {}
     generators = [getattr(each.unwrapped, "_np_random", None) for each in base.envs]

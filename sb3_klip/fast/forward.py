@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common import distributions as sb3_distributions
 from stable_baselines3.common import policies
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import nn
-from torch.distributions import Categorical, Distribution, Normal
+from torch.distributions import Categorical, Distribution, Normal, normal
 from torch.nn import Flatten, Linear, Sequential, Tanh
 
 from sb3_klip.fast.observers import hooks_of, reason_in_torch
@@ -29,10 +30,14 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     ActorCriticPolicy: _METHODS,
     BaseModel: ("extract_features",),
     policies: ("preprocess_obs",),
+    nn.Module: ("__call__", "_call_impl"),
     MlpExtractor: _EXTRACTOR_METHODS,
     **dict.fromkeys((FlattenExtractor, Flatten, Sequential, Linear, Tanh), ("forward",)),
     **dict.fromkeys((DiagGaussianDistribution, CategoricalDistribution), _DISTRIBUTION_METHODS),
+    sb3_distributions: ("sum_independent_dims",),
+    Distribution: ("__init__",),
     Normal: ("__init__", "rsample", "log_prob"),
+    normal: ("_standard_normal", "broadcast_all"),
     Categorical: ("__init__", "sample", "log_prob"),
 }
 #: Distributions that are drawn from in fewer calls.

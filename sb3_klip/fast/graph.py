@@ -116,8 +116,10 @@ def reason_not_worth_it(model: Any) -> str:
     :return: the reason, for people; empty if they would
     """
     samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
-    minibatches = model.n_epochs * math.ceil(samples / (model.batch_size or samples))
-    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(model.batch_size or samples, samples)
+    minibatches = model.n_epochs * math.ceil(samples / int(model.batch_size or samples))
+    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(
+        int(model.batch_size or samples), samples
+    )
     return "products of matrices take nearly all of its time" if products > WORTH * minibatches else ""
 
 
@@ -161,6 +163,8 @@ def _reason_in_functions() -> str:
     if is_patched(policies, "preprocess_obs") or is_patched(policies.BaseModel, "extract_features"):
         return "a function of Stable-Baselines3's policies was replaced"
     built_in = (nn.functional.linear, nn.functional.gelu, nn.functional.softplus, th.tanh, th.sigmoid)
+    if is_patched(nn.Module, "__call__", "_call_impl"):
+        return "the call of torch's modules was replaced"
     if is_patched(nn.functional, "relu", "elu", "leaky_relu", "silu") or {*map(type, built_in)} != {BuiltinFunctionType}:
         return "a function of torch was replaced"
     return ""

@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, dummy_vec_env
 
 from sb3_klip.fast.forward import ShortForward, has_short_forward
 from sb3_klip.fast.standing_in import StandIn, is_changed, is_replaced, standing_in
@@ -31,11 +31,12 @@ def short_rollout(policy: Any, env: Any, buffer: Any) -> Iterator[None]:
     :param env: the vector environment, wrapped or not
     :param buffer: the rollout buffer
     """
-    env = env.unwrapped
+    env = getattr(env, "unwrapped", env)
     functions: list[StandIn] = []
     if has_short_forward(policy) and not is_changed(policy, "forward"):
         functions.append(ShortForward(policy))
-    if type(env) is DummyVecEnv and env.keys == [None] and not is_changed(env, *_ENV_METHODS):
+    copies = dummy_vec_env.deepcopy is copy.deepcopy  # somebody's may leave out what cannot be copied
+    if copies and type(env) is DummyVecEnv and env.keys == [None] and not is_changed(env, *_ENV_METHODS):
         functions.append(ShortStep(env))
     if type(buffer) is RolloutBuffer and buffer.device.type == "cpu" and not is_changed(buffer, "add"):
         functions.append(ShortAdd(buffer))

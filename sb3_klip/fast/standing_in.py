@@ -25,8 +25,11 @@ class StandIn:
     method: ClassVar[str]
 
     def __init__(self, owner: Any):
-        functools.update_wrapper(self, getattr(owner, self.method))  # type: ignore[arg-type]
+        method = getattr(owner, self.method)
+        functools.update_wrapper(self, method)  # type: ignore[arg-type]
         self.owner = owner
+        # What a method has, for who binds its function to another object.
+        self.__self__, self.__func__ = owner, getattr(method, "__func__", method)
 
     def __reduce__(self) -> Any:
         return getattr, (self.owner, self.method)  # as methods are pickled; the copy has no attribute of that name yet
@@ -58,8 +61,10 @@ def is_replaced(owner: Any, *methods: str) -> bool:
     """
     attributes = vars(owner)
     for name in methods:
-        if name in attributes and getattr(attributes[name], "__func__", None) is not getattr(type(owner), name):
-            return True
+        if name in attributes:
+            attribute = attributes[name]
+            if isinstance(attribute, StandIn) or getattr(attribute, "__func__", None) is not getattr(type(owner), name):
+                return True
     return False
 
 
@@ -84,5 +89,14 @@ def is_patched(owner: Any, *functions: str) -> bool:
     :param owner: the class, or the module
     :param functions: their names
     """
-    codes = (getattr(getattr(owner, name), "__code__", None) for name in functions)
-    return any(code is None or not code.co_filename.startswith(_PACKAGES) for code in codes)
+    return not all(_is_of_packages(getattr(owner, name)) for name in functions)
+
+
+def _is_of_packages(function: Any) -> bool:
+    """Whether the code of a function lies in these packages, and that of each function that it wraps."""
+    code = getattr(function, "__code__", None)
+    if code is None or not code.co_filename.startswith(_PACKAGES):
+        return False
+    # torch wraps whatever stands for the step of an optimizer when one is made.
+    wrapped = getattr(function, "__wrapped__", None)
+    return wrapped is None or _is_of_packages(wrapped)
