@@ -11,6 +11,7 @@ All return the scalar to minimise. Tensors have shape ``(B,)``, or ``(B, T)`` fo
 the *removal* ``g`` in ``β = -w Â g``: the share of a sample's gradient that is removed. It is multiplied by ``1 - g``.
 """
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch as th
@@ -353,7 +354,8 @@ def per_sample_kl_loss(
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
     :raises ValueError: if shapes differ, ``coefficient``, ``reduction`` or ``ratio`` is unknown, a requested quantity is
         missing, or a ``kl`` that is penalised has no gradient
-    :raises TypeError: if ``log_prob`` has no floating dtype, ``mask`` is not boolean, or there is no such argument
+    :raises TypeError: if ``log_prob`` has no floating dtype, ``mask`` is not boolean, ``clip_range`` is neither a number
+        nor a tensor, or there is no such argument
     """
     log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
     if reduction not in REDUCTIONS:
@@ -370,6 +372,8 @@ def per_sample_kl_loss(
     _check_quantities(quantities, coefficient, log_prob)
     if isinstance(clip_range, th.Tensor):
         clip_range = clip_range.to(log_prob)
+    elif not isinstance(clip_range, Real):
+        raise TypeError(f"clip_range={clip_range!r} must be a number or a tensor")
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
     log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
     terms = per_sample_kl(log_prob, old_log_prob, advantages, coefficient, clip_range, log_ratio=log_ratio, **quantities)

@@ -258,6 +258,8 @@ def test_bad_input_names_the_argument():
         kl_estimate("analytic", ones, ones)
     with pytest.raises(TypeError, match=r"no argument 'clip_rnge'. Did you mean 'clip_range'\?"):
         per_sample_kl_loss(ones, ones, ones, clip_rnge=0.1)
+    with pytest.raises(TypeError, match=r"clip_range='0\.2' must be a number or a tensor"):
+        per_sample_kl_loss(ones, ones, ones, clip_range="0.2")
     with pytest.raises(TypeError, match=r"no argument 'width'.* make\('linear_ramp', width=0.1\)"):
         per_sample_kl_loss(ones, ones, ones, "linear_ramp", width=0.1)
 
