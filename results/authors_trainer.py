@@ -3,8 +3,9 @@ RL Zoo with the two places where the paper's trainer differs from Stable-Baselin
 
     python results/authors_trainer.py both --env LunarLander-v3 --seed 0
 
-It trains under the paper's protocol and writes ``results/authors_trainer/results/LunarLander-v3/both/seed-0.csv``. It serves
-to attribute a difference between the paper's numbers and ours; what remains is the version of MuJoCo.
+It trains under the paper's protocol and writes ``results/authors_trainer/results/LunarLander-v3/both/seed-0.csv``, or with
+``--beta adaptive`` that of ``adaptive_both``. It serves to attribute a difference between the paper's numbers and ours; what
+remains is the version of MuJoCo.
 """
 
 import argparse
@@ -74,8 +75,12 @@ def main() -> None:
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--env", required=True, choices=[task for task in hyperparams if task != "default"])
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--beta", choices=("step", "fixed", "adaptive"), default="step")
     options = parser.parse_args()
-    method, env, seed = options.method, options.env, options.seed
+    env, seed, changes = options.env, options.seed, METHODS[options.method]
+    method = options.method
+    if options.beta != "step":
+        method, changes = f"{options.beta}_{method}", {**changes, "beta": options.beta}
     for known, value in ((ALGOS, AuthorsPPO), *((of, of["ppo"]) for of in (HYPERPARAMS_SAMPLER, HYPERPARAMS_CONVERTER))):
         known["authors_ppo"] = value
     command, started = shlex.join(["python", "results/authors_trainer.py", *sys.argv[1:]]), time.time()
@@ -83,13 +88,13 @@ def main() -> None:
         sys.argv[1:] = [
             *("--algo", "authors_ppo", "--env", env, "--seed", str(seed), "--conf-file", "sb3_klip.hyperparams.paper"),
             *("--num-threads", "1", "--eval-freq", "-1", "--verbose", "0", "-f", logs),
-            *("-params", *(f"{key}:{value!r}" for key, value in METHODS[method].items())),
+            *("-params", *(f"{key}:{value!r}" for key, value in changes.items())),
         ]
         train()
         episodes = read_episodes(list(Path(logs).glob("authors_ppo/*_1/*.monitor.csv")))
     timesteps = int(hyperparams[env]["n_timesteps"])
     result = summarize(episodes, pd.DataFrame({"time/total_timesteps": []}), timesteps, episodes["timesteps"].max())
-    about = {"task": env, "method": method, "seed": seed, "hyperparams": METHODS[method], **result.about, "command": command}
+    about = {"task": env, "method": method, "seed": seed, "hyperparams": changes, **result.about, "command": command}
     about |= {"versions": versions(), "commit": commit(), "processor": processor(), "seconds": round(time.time() - started)}
     write_result(FOLDER / env / method / f"seed-{seed}.csv", result._replace(about=about))
 

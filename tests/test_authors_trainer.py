@@ -42,9 +42,11 @@ def test_its_advantages_are_normalised_over_the_rollout():
 
 
 @pytest.mark.slow
-def test_a_run_writes_its_result(tmp_path):
+@pytest.mark.parametrize(("options", "name", "added"), [("", "", {}), (" --beta fixed", "fixed_", {"beta": "fixed"})])
+def test_a_run_writes_its_result(options, name, added, tmp_path):
     (tmp_path / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
-    python(SCRIPT.name, "value_loss", "--env", "CartPole-v1", "--seed", 3, cwd=tmp_path)
-    about = read_result(tmp_path / "authors_trainer/results/CartPole-v1/value_loss/seed-3.csv").about
-    assert about["command"] == "python results/authors_trainer.py value_loss --env CartPole-v1 --seed 3"
-    assert about["hyperparams"] == {"vf_coef": 0.5, "rollout_advantages": False}
+    command = f"value_loss --env CartPole-v1 --seed 3{options}"
+    python(SCRIPT.name, *command.split(), cwd=tmp_path)
+    about = read_result(tmp_path / f"authors_trainer/results/CartPole-v1/{name}value_loss/seed-3.csv").about
+    assert about["command"] == f"python results/authors_trainer.py {command}"
+    assert about["hyperparams"] == {"vf_coef": 0.5, "rollout_advantages": False, **added}
