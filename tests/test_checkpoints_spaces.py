@@ -38,6 +38,7 @@ def test_other_dtype_or_bounds(saved, actual, trusted):
     assert str(saved) in message
     assert str(actual) in message
     assert loaded.observation_space == loaded.get_env().observation_space == actual
+    assert loaded.observation_space is not loaded.get_env().observation_space  # whose generator is the environment's
     assert_identical(loaded, model)
     loaded.learn(32, reset_num_timesteps=False)
     assert loaded.num_timesteps == 64

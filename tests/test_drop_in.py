@@ -1266,6 +1266,16 @@ def load_with_what_other_algorithms_have(case: Case) -> Any:
 
 
 @scenario()
+def loading_leaves_the_generators_of_the_environment_alone(case: Case) -> Any:
+    """Of a model with a seed, which SB3 gives to the spaces of the model."""
+    case.model().save(case.folder / "model")
+    env = case.envs()
+    env.action_space.seed(7)
+    case.algorithm.load(case.folder / "model", env=env)
+    return env.action_space.sample()
+
+
+@scenario()
 def save_without_and_with_attributes(case: Case) -> Any:
     model = case.trained()
     model.note = "kept"

@@ -7,6 +7,7 @@ unpickled, and why it cannot be loaded.
 
 import base64
 import contextlib
+import copy
 import io
 import json
 import pathlib
@@ -257,10 +258,10 @@ class Checkpoint(NamedTuple):
         :param objects: the attributes, restored
         :param observation_space: the environment's
         :param action_space: the environment's
-        :return: the environment's spaces
+        :return: spaces equal to the environment's
         :raises ValueError: if they do not fit, with both
         """
-        actual = {"observation_space": observation_space, "action_space": action_space}
+        actual, chosen = {"observation_space": observation_space, "action_space": action_space}, {}
         for (name, space), fit in zip(actual.items(), (fit_space, fit_action_space), strict=True):
             if not fit(saved := objects[name], space):
                 raise ValueError(f"{self.name} does not fit env: its {name} is {saved}, and that of env is {space}")
@@ -270,7 +271,9 @@ class Checkpoint(NamedTuple):
                     "training goes on with that of env.",
                     stacklevel=3,
                 )
-        return actual
+            # A copy, as SB3 seeds the model's spaces, and the environment may draw from its own.
+            chosen[name] = saved if saved == space else copy.deepcopy(space)
+        return chosen
 
     def resume_state(self, trusted: bool) -> bytes:
         """
