@@ -163,14 +163,23 @@ def paper_gains() -> str:
 
 def authors_trainer() -> str:
     """LunarLander-v3 with parts of the paper's trainer."""
-    task = "LunarLander-v3"
     trainers = {"step": "nothing", "advantages": "the advantages", "value_loss": "the value loss", "both": "both"}
+    return _by_trainer("LunarLander-v3", "step", trainers)
+
+
+def authors_trainer_ant() -> str:
+    """The same for Ant-v4 and ``adaptive``."""
+    return _by_trainer("Ant-v4", "adaptive", {"adaptive": "nothing", "adaptive_both": "both"})
+
+
+def _by_trainer(task: str, beta: str, trainers: dict[str, str]) -> str:
+    """The final return of each run, by what of the trainer is the paper's."""
     runs = [run for run in (*_runs("paper"), *_runs("authors_trainer")) if run["task"] == task]
     rows = [
         (text, ", ".join(f"{run['final_return']:.0f}" for run in runs if run["method"] == method))
         for method, text in trainers.items()
     ]
-    return _table(("what is the paper's", f"return of `step` on {task}, each seed"), rows)
+    return _table(("what is the paper's", f"return of `{beta}` on {task}, each seed"), rows)
 
 
 def other_coefficients() -> str:
@@ -325,7 +334,8 @@ TABLES = {
     for each in (
         *(coefficients, families, references, quantities, constants, policy_ratio, without_clip_range, variants, modules),
         *(speed, memory, sizes, times),
-        *(against_paper, paper_gains, authors_trainer, other_coefficients, other_gains, wide, wide_gains, seeds_needed),
+        *(against_paper, paper_gains, authors_trainer, authors_trainer_ant),
+        *(other_coefficients, other_gains, wide, wide_gains, seeds_needed),
         *(reuse, reuse_long, reuse_gains, search, preset),
     )
 }
