@@ -116,10 +116,9 @@ def reason_not_worth_it(model: Any) -> str:
     :return: the reason, for people; empty if they would
     """
     samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
-    minibatches = model.n_epochs * math.ceil(samples / int(model.batch_size or samples))
-    products = sum(parameter.numel() for parameter in model.policy.parameters()) * min(
-        int(model.batch_size or samples), samples
-    )
+    batch_size = min(int(model.batch_size or samples), samples)  # NumPy's small integers would overflow
+    minibatches = model.n_epochs * math.ceil(samples / batch_size)
+    products = sum(parameter.numel() for parameter in model.policy.parameters()) * batch_size
     return "products of matrices take nearly all of its time" if products > WORTH * minibatches else ""
 
 
