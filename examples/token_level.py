@@ -1,4 +1,4 @@
-"""Token-level policy optimisation (as in LLM fine-tuning) with a per-sample KL coefficient: torch only, no SB3."""
+"""Token-level policy optimisation (as in LLM fine-tuning) with a per-sample KL coefficient, without SB3."""
 
 import torch as th
 

@@ -143,6 +143,7 @@ def atlas(clip_range: float = 0.2, size: str = "readme") -> Figure:
 
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`; the height follows from the number of panels
+    :return: the figure
     :raises ValueError: if an argument is not valid
     :raises TypeError: if a coefficient of the user's own cannot be made with defaults
     """

@@ -150,6 +150,7 @@ def landscape(*coefficients: str | Coefficient | Callable[..., Any], clip_range:
     :param coefficients: coefficients, see :func:`read_coefficient`; by default three different ones
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`
+    :return: the figure
     :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
     :raises TypeError: if an argument is not a coefficient
     """
@@ -190,6 +191,7 @@ def gradient(*coefficients: str | Coefficient | Callable[..., Any], clip_range: 
     :param coefficients: coefficients, see :func:`read_coefficient`; by default four different ones
     :param clip_range: half-width ε
     :param size: one of :data:`sb3_klip.figures.SIZES`
+    :return: the figure
     :raises ValueError: if an argument is not valid, or a coefficient depends on more than ratio and advantage
     :raises TypeError: if an argument is not a coefficient
     """
@@ -228,6 +230,7 @@ def distribution(run: str | Path | pd.DataFrame, size: str = "readme") -> Figure
 
     :param run: path of a log, see :func:`read_log`, or the log itself
     :param size: one of :data:`sb3_klip.figures.SIZES`
+    :return: the figure
     :raises ValueError: if there is no log of KLip-PPO, or more than one
     :raises TypeError: if it is neither a path nor a log
     """

@@ -180,7 +180,8 @@ class SampleReuse(PerSampleKLTraining):
         """
         Update the policy on the current rollout and those that were kept.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
+        :raises ValueError: if an advantage is NaN or infinite, or the learning rate is NaN; or if a gradient is NaN or
+            infinite, and then the policy is reset to its parameters before the update
         """
         if len(weights_by_age(self.reuse)) == 1:
             self.forget_rollouts()

@@ -48,6 +48,14 @@ WITH_CODE = [page for page in DOCS if page]
 NOT_RUN = README + [block for page in PAGES for block in blocks(page, "py")]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_that_begins_ends(page):
+    fences = re.findall(r"^ *```(.*)$", page.read_text(), re.MULTILINE)
+    assert all(fences[::2]), "a block has no language, or text between two blocks is shown as code"
+    assert not any(fences[1::2])
+    assert len(fences) % 2 == 0
+
+
 #: Pages whose code trains for more than a few seconds.
 LONG = ("docs/coefficients.md", "docs/guide.md", "docs/how_do_i.md")
 

@@ -85,7 +85,8 @@ class Checkpoints(OnPolicyAlgorithm):
         """
         Update the policy on the current rollout, see ``sb3_klip/training.py``.
 
-        :raises ValueError: if a gradient is NaN or infinite; the policy is then reset to its parameters before the update
+        :raises ValueError: if an advantage is NaN or infinite, or the learning rate is NaN; or if a gradient is NaN or
+            infinite, and then the policy is reset to its parameters before the update
         """
         self._boundary = None
         super().train()

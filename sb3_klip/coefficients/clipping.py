@@ -125,7 +125,7 @@ def dynamic_clip(
     :param advantages: advantage Â
     :param clip_range: not used
     :param old_log_prob: log q, the log-probability (not density) of the action under the rollout policy
-    :param low: bound on q w (1 - w) where w < 1
+    :param low: bound on q w (1 - w) where w < 1; where Â < 0, every w < 1/2 is removed, too, as q w (1 - w) falls again there
     :param high: bound on q w (w - 1) where w > 1
     :return: removal
     """

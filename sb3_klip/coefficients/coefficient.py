@@ -184,7 +184,11 @@ class Coefficient:
         return {} if hook is None else hook()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """
+        Restore a state.
+
+        :param state: what :meth:`state_dict` returned
+        """
         if state:
             self.function.load_state_dict(state)  # type: ignore[attr-defined]
 

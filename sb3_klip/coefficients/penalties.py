@@ -75,11 +75,30 @@ class Adaptive:
         factor: Annotated[float, Interval(1.0, low_open=True)] = 2.0,
         estimator: Estimator = "analytic",
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Removal and weight of each sample."""
+        """
+        Removal and weight of each sample.
+
+        :param ratio: importance ratio w
+        :param advantages: not used
+        :param clip_range: not used
+        :param initial: see above
+        :param kl_target: see :meth:`end_update`
+        :param factor: see :meth:`end_update`
+        :param estimator: see above
+        :return: 0, and b
+        """
         return th.zeros_like(ratio), constant_like(initial if self.value is None else self.value, ratio)
 
     def end_update(self, kl: float, *, initial: float, kl_target: float, factor: float, estimator: str) -> None:
-        """Change b according to the KL divergence at the end of the update."""
+        """
+        Change b according to the KL divergence at the end of the update.
+
+        :param kl: KL(π_old ‖ π_new), mean over the rollout, in nats
+        :param initial: see above
+        :param kl_target: see above
+        :param factor: see above
+        :param estimator: see above
+        """
         value = initial if self.value is None else self.value
         if kl > 1.5 * kl_target:
             value *= factor
@@ -92,5 +111,9 @@ class Adaptive:
         return {} if self.value is None else {"value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the value of b."""
+        """
+        Restore the value of b.
+
+        :param state: what :meth:`state_dict` returned
+        """
         self.value = float(state["value"])

@@ -1,4 +1,4 @@
-"""Coefficients that reverse the gradient of a sample beyond the bound, which pushes its ratio back into the band."""
+"""Coefficients that reverse the gradient of a sample beyond the bound, which pushes its ratio back within the bound."""
 
 import math
 from typing import Annotated
@@ -116,6 +116,9 @@ def redescending_shape(kappa_plus: float, kappa_minus: float) -> tuple[float, fl
     """
     ν and a ε of :func:`redescending`, from min G' = ``kappa_minus`` and G'(1) = 1 in closed form.
 
+    :param kappa_plus: as there
+    :param kappa_minus: as there
+    :return: ν and a ε
     :raises ValueError: if ``-kappa_minus`` is not less than ``kappa_plus``
     """
     k = -kappa_minus

@@ -108,12 +108,20 @@ def register(
 
 
 def entries() -> list[Entry]:
-    """All registered coefficients, in the order of their registration."""
+    """
+    All registered coefficients.
+
+    :return: their definitions, in the order of registration
+    """
     return list(dict.fromkeys(_WORDS.values()))
 
 
 def available() -> list[str]:
-    """Names of all registered coefficients, without aliases, sorted."""
+    """
+    Names of all registered coefficients, without aliases.
+
+    :return: the names, sorted
+    """
     return sorted(entry.name for entry in entries())
 
 

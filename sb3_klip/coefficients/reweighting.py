@@ -29,11 +29,25 @@ class Unclipped:
         *,
         ratio_deviation: Positive | None = None,
     ) -> th.Tensor:
-        """Removal of each sample."""
+        """
+        Removal of each sample.
+
+        :param ratio: importance ratio w
+        :param advantages: not used
+        :param clip_range: not used
+        :param ratio_deviation: not used, see :meth:`stop`
+        :return: 0
+        """
         return th.zeros_like(ratio)
 
     def stop(self, ratio: th.Tensor, *, ratio_deviation: float | None) -> bool:
-        """Whether the ratios of a minibatch deviate too far from 1."""
+        """
+        Whether the ratios of a minibatch deviate too far from 1.
+
+        :param ratio: importance ratio w
+        :param ratio_deviation: see above
+        :return: whether to end the epochs of the update
+        """
         return ratio_deviation is not None and (ratio - 1).abs().mean().item() > ratio_deviation
 
 

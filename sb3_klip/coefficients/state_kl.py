@@ -36,7 +36,15 @@ def trust_region(
 
 
 def leaves_trust_region(ratio: th.Tensor, advantages: th.Tensor, kl: th.Tensor, delta: float) -> th.Tensor:
-    """Samples whose state has left the trust region, and whose gradient leads further away from it."""
+    """
+    Samples whose state has left the trust region, and whose gradient leads further away from it.
+
+    :param ratio: importance ratio w
+    :param advantages: advantage Â
+    :param kl: KL(π_old ‖ π_new) of each state
+    :param delta: bound on the KL divergence, in nats
+    :return: whether it is so, of each sample
+    """
     return (kl >= delta) & ((ratio - 1) * advantages > 0)
 
 
@@ -67,7 +75,17 @@ class Truly:
         delta: Positive = 0.03,
         alpha: NonNegative = 5.0,
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Removal and weight of each sample."""
+        """
+        Removal and weight of each sample.
+
+        :param ratio: importance ratio w
+        :param advantages: advantage Â
+        :param clip_range: not used
+        :param kl: KL(π_old ‖ π_new) of each state
+        :param delta: see above
+        :param alpha: see above
+        :return: removal, and weight of the penalty
+        """
         return th.zeros_like(ratio), alpha * leaves_trust_region(ratio, advantages, kl, delta).to(ratio.dtype)
 
 

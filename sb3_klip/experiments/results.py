@@ -111,6 +111,7 @@ def read_result(path: Path) -> Result:
     Read the result of a cell.
 
     :param path: its CSV file
+    :return: the result
     :raises ValueError: if the file is not the result of a cell
     """
     try:

@@ -133,8 +133,10 @@ def gain(rows: pd.DataFrame, method: str, reference: str, column: str = "score")
     is that of its linear part (the delta method).
 
     :param rows: as from :func:`with_scores`
+    :param method: the method
     :param reference: the one whose mean end has the score 1
     :param column: the score of the end of training, or ``area_score``
+    :return: the gain, with its interval
     """
     ours, theirs = (rows[rows["method"] == name] for name in (method, reference))
     gains = ours.groupby("task", observed=True)[column].mean() - theirs.groupby("task", observed=True)[column].mean()

@@ -65,7 +65,11 @@ class Suite(NamedTuple):
 
 
 def included() -> list[str]:
-    """Names of the suites that come with this package."""
+    """
+    Names of the suites that come with this package.
+
+    :return: the names, sorted
+    """
     return sorted(path.name[:-4] for path in importlib.resources.files(__package__).joinpath("suites").iterdir())
 
 
@@ -86,6 +90,7 @@ def read_suite(name: str) -> Suite:
     Read a suite and check it completely.
 
     :param name: one of :func:`included`, or a YAML file
+    :return: the suite
     :raises ValueError: if there are mistakes, with one line for each
     """
     if name in included():
@@ -124,9 +129,11 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
     """
     Some cells of a suite.
 
+    :param suite: the suite
     :param tasks: those to keep; all, if there are none
     :param methods: likewise
     :param seeds: likewise; they need not be among those of the suite
+    :return: the cells
     :raises ValueError: if a task or a method is not in the suite, or a seed is none
     """
     if not all(0 <= seed < SEEDS for seed in seeds):
