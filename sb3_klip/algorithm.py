@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import ProgressBarCallback
 from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.save_util import data_to_json
 
 from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.callback_state import callbacks_of
@@ -142,6 +143,10 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         :raises ValueError: with the reason, if it does not
         """
         self._check_action_space(coefficient)
+        try:
+            data_to_json({"state": coefficient.state_dict()})
+        except Exception as error:  # whatever pickle meets
+            raise TypeError(f"the state of beta={coefficient.name!r} cannot be saved: {error}") from error
         if coefficient.needs_clip_range and self.clip_range(1.0) <= 0:
             raise ValueError(f"clip_range={self.clip_range(1.0):g} must be positive for beta={coefficient!r}")
         needs_delta = coefficient.needs_ratio_bounds and coefficient.delta is None

@@ -1,6 +1,7 @@
 """Callbacks: logs, histograms of β, the comparison with PPO, and checkpoints to resume from."""
 
 import csv
+import io
 import os
 import pickle
 import warnings
@@ -14,6 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_klip.algorithm import KLipAlgorithm
 from sb3_klip.checkpoints.env_state import EnvState
+from sb3_klip.errors import check_flag
 from sb3_klip.files import naming, write_atomically
 from sb3_klip.reproducibility import unchanged_generators
 from sb3_klip.verify.bits import Difference, GradientRecorder, compare_gradients, largest_difference, state_tensors
@@ -26,7 +28,26 @@ def _check_algorithm(callback: BaseCallback) -> None:
         raise ValueError(f"{type(callback).__name__} is for the algorithms of sb3-klip, not for {name}")
 
 
+def _check_path(name: str, path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name}={path!r} must be a text or a path")
+
+
 class _CSVOutput(CSVOutputFormat):
+    """
+    SB3's format, which goes on with a file that has rows already.
+
+    :param path: the file, which must exist
+    :param keys: the keys of its columns
+    """
+
+    def __init__(self, path: Path, keys: list[str]):
+        super().__init__(os.devnull)  # it would empty the file
+        self.file.close()
+        self.file = path.open("r+", encoding="utf-8")
+        self.file.seek(0, os.SEEK_END)
+        self.keys = keys
+
     def write(self, *args: Any, **kwargs: Any) -> None:
         with naming(self.file.name):
             super().write(*args, **kwargs)
@@ -44,10 +65,13 @@ class CSVLogCallback(BaseCallback):
 
     :param path: file to write; its folder is created if necessary
     :param verbose: Verbosity level, as for other callbacks
+    :raises TypeError: if ``path`` is no path
+    :raises ValueError: at the start of training, if a file that is to be continued is no log
     """
 
     def __init__(self, path: str | Path, verbose: int = 0):
         super().__init__(verbose)
+        _check_path("path", path)
         self.path = Path(path)
         self._csv: CSVOutputFormat | None = None
 
@@ -55,12 +79,14 @@ class CSVLogCallback(BaseCallback):
         self._on_training_end()  # an earlier training may have ended with an exception
         self.path.parent.mkdir(parents=True, exist_ok=True)
         earlier = self._earlier_rows()
-        self._csv = _CSVOutput(str(self.path))
+        keys = list(earlier[0]) if earlier else []
+        text = io.StringIO()
         if earlier:
-            writer = csv.DictWriter(self._csv.file, list(earlier[0]), lineterminator="\n")
+            writer = csv.DictWriter(text, keys, lineterminator="\n")
             writer.writeheader()
             writer.writerows(earlier)
-            self._csv.keys = list(earlier[0])
+        write_atomically(self.path, text.getvalue().encode())  # whenever the process may be killed, the rows are there
+        self._csv = _CSVOutput(self.path, keys)
         self._log = self.logger  # the model may have another one at the end
         self._log.output_formats.append(self._csv)
 
@@ -68,8 +94,13 @@ class CSVLogCallback(BaseCallback):
         """The rows of the file that are of steps which this training has behind it."""
         if self.num_timesteps == 0 or not self.path.is_file():
             return []
-        # A crash may have cut off the last row.
-        rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()))
+        try:
+            # A crash may have cut off the last row.
+            rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is no log to continue: {error}. Move it away, or give another path") from error
+        if any(None in row for row in rows):
+            raise ValueError(f"{self.path} is damaged: a row has more values than keys. Move it away, or give another path")
         steps = [str(row.get("time/total_timesteps")) for row in rows]
         # Rows without steps, which others have written, belong to the row after them.
         behind = [place for place, text in enumerate(steps) if text.isdigit() and int(text) <= self.num_timesteps]
@@ -222,6 +253,7 @@ class ResumableCheckpointCallback(CheckpointCallback):
     :param save_vecnormalize: Whether to also write the ``VecNormalize`` statistics to a file, for other programs
     :param verbose: Verbosity level: 0 for no output, 2 for indicating when a checkpoint is saved
     :raises ValueError: if ``save_freq`` is not a number above 0
+    :raises TypeError: if ``save_path`` is no path, or ``save_vecnormalize`` no bool
     :raises OSError: if the folder cannot be written to
     """
 
@@ -237,6 +269,8 @@ class ResumableCheckpointCallback(CheckpointCallback):
         frequency: Any = save_freq
         if not (isinstance(frequency, Real) and float(frequency) > 0):
             raise ValueError(f"save_freq={save_freq!r} must be a number above 0")
+        _check_path("save_path", save_path)
+        check_flag("save_vecnormalize", save_vecnormalize)
         super().__init__(save_freq, save_path, name_prefix, save_replay_buffer, save_vecnormalize, verbose)
         self._saved = 0
 

@@ -126,9 +126,9 @@ def clip_loss(
     :param mask: True where a sample counts; ``None`` counts all
     :return: scalar to minimise
     :raises ValueError: if shapes differ
-    :raises TypeError: if a dtype does not fit
+    :raises TypeError: if an argument is no tensor, or a dtype does not fit
     """
-    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, clip_range, mask)
     return -masked_mean(clip_objective(th.exp(log_prob - old_log_prob), advantages, clip_range), mask)
 
 
@@ -178,9 +178,9 @@ def weight_space_loss(
     :param mask: True where a sample counts; ``None`` counts all
     :return: scalar to minimise
     :raises ValueError: if shapes differ
-    :raises TypeError: if a dtype does not fit
+    :raises TypeError: if an argument is no tensor, or a dtype does not fit
     """
-    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, clip_range, mask)
     ratio = th.exp(log_prob - old_log_prob)
     return -masked_mean(advantages * ratio - weight_space_penalty(ratio, advantages, clip_range), mask)
 
@@ -354,10 +354,10 @@ def per_sample_kl_loss(
     :return: scalar to minimise, or with ``reduction="none"`` a tensor like ``log_prob``
     :raises ValueError: if shapes differ, ``coefficient``, ``reduction`` or ``ratio`` is unknown, a requested quantity is
         missing, or a ``kl`` that is penalised has no gradient
-    :raises TypeError: if ``log_prob`` has no floating dtype, ``mask`` is not boolean, ``clip_range`` is neither a number
-        nor a tensor, or there is no such argument
+    :raises TypeError: if an argument is no tensor, ``log_prob`` has no floating dtype, ``mask`` is not boolean, ``clip_range``
+        is neither a number nor a tensor, or there is no such argument
     """
-    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, mask)
+    log_prob, old_log_prob, advantages = _checked(log_prob, old_log_prob, advantages, clip_range, mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {REDUCTIONS}.{did_you_mean(reduction, REDUCTIONS)}")
     if ratio not in RATIOS:
@@ -372,8 +372,6 @@ def per_sample_kl_loss(
     _check_quantities(quantities, coefficient, log_prob)
     if isinstance(clip_range, th.Tensor):
         clip_range = clip_range.to(log_prob)
-    elif not isinstance(clip_range, Real):
-        raise TypeError(f"clip_range={clip_range!r} must be a number or a tensor")
     quantities = {name: _without_padding(value, mask) for name, value in quantities.items()}
     log_ratio = _sequence_log_ratio(log_prob, old_log_prob, mask) if ratio == "sequence" else None
     terms = per_sample_kl(log_prob, old_log_prob, advantages, coefficient, clip_range, log_ratio=log_ratio, **quantities)
@@ -420,9 +418,15 @@ def _without_padding(value: Any, mask: th.Tensor | None) -> Any:
 
 
 def _checked(
-    log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, mask: th.Tensor | None
+    log_prob: th.Tensor, old_log_prob: th.Tensor, advantages: th.Tensor, clip_range: object, mask: th.Tensor | None
 ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
     """Refuse what would broadcast or count by accident; what is returned has no padding."""
+    samples = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
+    for name, value in (samples if mask is None else samples | {"mask": mask}).items():
+        if not isinstance(value, th.Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if not isinstance(clip_range, (Real, th.Tensor)):
+        raise TypeError(f"clip_range={clip_range!r} must be a number or a tensor")
     if not log_prob.is_floating_point():
         raise TypeError(f"log_prob must have a floating dtype, not {log_prob.dtype}")
     for name, tensor in (("old_log_prob", old_log_prob), ("advantages", advantages), ("mask", mask)):
@@ -430,4 +434,8 @@ def _checked(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but log_prob has {tuple(log_prob.shape)}")
     if mask is not None and mask.dtype != th.bool:
         raise TypeError(f"mask must be boolean, not {mask.dtype}")
+    if isinstance(clip_range, th.Tensor):
+        sizes = zip(reversed(clip_range.shape), reversed(log_prob.shape), strict=False)
+        if clip_range.ndim > log_prob.ndim or any(size not in (1, whole) for size, whole in sizes):
+            raise ValueError(f"clip_range has shape {tuple(clip_range.shape)}, but log_prob has {tuple(log_prob.shape)}")
     return _without_padding(log_prob, mask), _without_padding(old_log_prob, mask), _without_padding(advantages, mask)

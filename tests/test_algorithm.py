@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch as th
 from helpers import FAST, assert_identical, cartpole, pendulum, train
@@ -25,6 +26,9 @@ from sb3_klip.coefficients import make
         ({"beta": None}, TypeError, "beta must be the name"),
         ({"log_kl": "False"}, TypeError, "log_kl='False' must be True or False"),
         ({"n_epochs": 0}, ValueError, "n_epochs=0 must be a whole number, at least 1"),
+        ({"n_epochs": np.array([1, 2])}, ValueError, r"n_epochs=array\(\[1, 2\]\) must be a whole number, at least 1"),
+        ({"beta": "linear_ramp", "beta_kwargs": {"width": 10**400}}, ValueError, "is out of range: 0 <= value"),
+        ({"beta": "linear_ramp", "beta_kwargs": {"width": lambda p: 1 / (p - 1)}}, TypeError, "fails at 1: .* by zero"),
         ({"n_epochs": 2.5}, ValueError, "n_epochs=2.5 must"),
         ({"beta": "quadratic", "clip_range": 0.0}, ValueError, "clip_range=0 must be positive"),
         ({"beta": "trgppo", "clip_range": 1.0}, ValueError, "clip_range=1 must be less than 1, unless delta is given"),

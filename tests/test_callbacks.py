@@ -164,6 +164,45 @@ def test_csv_log_whose_last_row_was_cut_off(tmp_path):
     assert pd.read_csv(tmp_path / "progress.csv")["time/total_timesteps"].tolist() == [320]
 
 
+def test_csv_log_of_a_continuation_that_is_killed(tmp_path):
+    """In its first rollout, nothing of its own is there to be written."""
+    model, path = PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL), tmp_path / "progress.csv"
+    model.learn(128, callback=CSVLogCallback(path))
+    before, seen = path.read_text(), []
+
+    def look(_locals, _globals):
+        seen.append(path.read_text())
+        return True
+
+    model.learn(64, callback=[CSVLogCallback(path), ConvertCallback(look)], reset_num_timesteps=False)
+    assert seen == [before] * 64
+    assert path.read_text().startswith(before)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"time/total_timesteps,a\n32,1\n64,1,5,6\n", r"progress\.csv is damaged: a row has more values than keys"),
+        (b"time/total_timesteps,\xff\n32,1\n", r"progress\.csv is no log to continue: 'utf-8'"),
+    ],
+)
+def test_a_csv_log_that_cannot_be_continued_is_left_as_it_is(tmp_path, content, message):
+    model, path = PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL).learn(64), tmp_path / "progress.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        model.learn(64, callback=CSVLogCallback(path), reset_num_timesteps=False)
+    assert path.read_bytes() == content
+
+
+def test_paths_and_flags_of_callbacks(tmp_path):
+    with pytest.raises(TypeError, match=r"^path=None must be a text or a path"):
+        CSVLogCallback(None)
+    with pytest.raises(TypeError, match=r"^save_path=3 must be a text or a path"):
+        ResumableCheckpointCallback(10, 3)
+    with pytest.raises(TypeError, match=r"^save_vecnormalize='no' must be True or False"):
+        ResumableCheckpointCallback(10, tmp_path, save_vecnormalize="no")
+
+
 def test_csv_log_of_a_training_that_did_not_begin(tmp_path):
     """RL Zoo ends the training of its first callback in any case; that must not hide what went wrong."""
     CSVLogCallback(tmp_path / "progress.csv").on_training_end()

@@ -237,6 +237,8 @@ def test_what_the_file_has_learned_is_not_for_an_object():
 
 def test_a_resumed_run_goes_on_with_what_its_coefficient_has_learned(tmp_path):
     model = small(KLipPPO, task("box"), beta="adaptive").learn(128)
+    with pytest.raises(TypeError, match="resumable='no' must be True or False"):
+        model.save(tmp_path / "model", resumable="no")
     model.save(tmp_path / "model", resumable=True)
     resumed = KLipPPO.load(tmp_path / "model", env=task("box"), resume=True, beta=make("adaptive"))
     assert resumed.beta.state_dict() == model.beta.state_dict() != make("adaptive").state_dict()

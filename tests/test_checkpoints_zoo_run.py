@@ -100,6 +100,8 @@ def test_statistics_for_what_is_no_vec_env(tmp_path):
     path = saved_statistics(normalized(), tmp_path / "vecnormalize.pkl")
     with pytest.raises(TypeError, match=r"venv=.* must be a VecEnv, as make_vec_env returns"):
         load_vecnormalize(path, task("box"))
+    with pytest.raises(TypeError, match=r"venv=None must be a VecEnv, as make_vec_env returns"):
+        load_vecnormalize(path, None)
     with pytest.raises(TypeError, match="trusted='no' must be True or False"):
         load_vecnormalize(path, DummyVecEnv([lambda: task("box")]), trusted="no")
 

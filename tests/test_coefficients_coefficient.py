@@ -1,6 +1,7 @@
 """Functions and objects of the user's own as coefficients."""
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -262,3 +263,77 @@ def test_what_was_learned_is_shown():
     assert repr(coefficient).endswith("estimator='analytic')")
     coefficient.end_update(1.0)
     assert repr(coefficient).endswith("estimator='analytic'), now value=2.0")
+
+
+def test_the_last_rollout_goes_beyond_the_end():
+    """The training of 100 steps has 128; SB3's remaining progress is then less than 0."""
+    seen = []
+
+    def shrinking(ratio, advantages, clip_range, progress, *, width=0.1):
+        seen.append(progress)
+        return th.full_like(ratio, math.sqrt(1 - progress) * width)
+
+    beta_kwargs = {"width": lambda remaining: 0.1 * math.sqrt(remaining)}
+    model = KLipPPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, beta=shrinking, beta_kwargs=beta_kwargs)
+    model.learn(100)
+    assert model._current_progress_remaining < 0
+    assert seen[-1] == 1
+
+
+class WithState:
+    """A coefficient with all optional methods."""
+
+    def __call__(self, ratio, advantages, clip_range):
+        return th.zeros_like(ratio)
+
+    def stop(self, ratio):
+        return False
+
+    def end_update(self, kl):
+        self.kl = kl
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("method", "function", "error", "message"),
+    [
+        ("state_dict", lambda self: {"kl": self.k1}, AttributeError, "'Wrong' object has no attribute 'k1'"),
+        ("state_dict", lambda self: [1], TypeError, r"the method state_dict of '.*Wrong' must return a dict, not \[1\]"),
+        ("state_dict", lambda self: {"lock": threading.Lock()}, TypeError, "the state of beta='.*Wrong' cannot be saved"),
+        ("load_state_dict", lambda self: None, TypeError, r"its method load_state_dict must take \(state\), not \(\)"),
+        (
+            "stop",
+            lambda self, ratio: ratio > 2,
+            ValueError,
+            "method stop of '.*Wrong' must return True or False, not tensor",
+        ),
+        ("end_update", lambda self, kl: self.kll, AttributeError, "'Wrong' object has no attribute 'kll'"),
+    ],
+)
+def test_optional_methods_are_tried_before_training(method, function, error, message):
+    wrong = type("Wrong", (WithState,), {method: function})()
+    with pytest.raises(error, match=message):
+        KLipPPO("MlpPolicy", "CartPole-v1", n_steps=64, beta=wrong)
+    assert not vars(wrong)
+
+
+def test_a_quantity_with_a_default_is_refused():
+    def attentive(ratio, advantages, clip_range, kl=None):
+        return th.zeros_like(ratio)
+
+    with pytest.raises(TypeError, match=r"'kl' is a quantity .* write it without a default; a parameter needs another name"):
+        make(attentive)
+
+
+def test_annotations_that_cannot_be_evaluated():
+    def odd(ratio, advantages, clip_range, *, width: "'float' | None" = 0.5):
+        return th.full_like(ratio, width)
+
+    assert make(odd, width=0.25)(th.ones(2), th.ones(2), 0.2)[0].tolist() == [0.25, 0.25]
+    with pytest.raises(TypeError, match="must be written in Python, as its arguments are read"):
+        make(th.zeros_like)

@@ -162,6 +162,29 @@ def test_ranges_are_of_parameters():
         make("mine")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"saerch": {"width": (0.1, 1.0)}}, TypeError, "register has no argument 'saerch', .* Did you mean 'search'"),
+        ({"sourc": "a paper"}, TypeError, "register has no argument 'sourc', .* Did you mean 'source'"),
+        ({"other": 3}, TypeError, "register has no argument 'other', and a further name presets parameters by a dict"),
+        ({"other": {"wdth": 1}}, TypeError, "other of the coefficient 'mine' has 'wdth', .* Did you mean 'width'"),
+        ({"search": {"width": (1, 0)}}, ValueError, r"'width' must have \(low, high\) with 0 < low < high, not \(1, 0\)"),
+        ({"search": {"width": (0, 1)}}, ValueError, r"with 0 < low < high, not \(0, 1\)"),
+        ({"search": {"width": 3}}, ValueError, "with 0 < low < high, not 3"),
+    ],
+)
+def test_declarations_that_are_wrong(arguments, error, message):
+    def mine(ratio, advantages, clip_range, *, width=0.1):
+        return 0 * ratio
+
+    with pytest.raises(error, match=message):
+        register("mine", **arguments)(mine)
+    with pytest.raises(TypeError, match="the coefficient 'mine' must be a function or a class, not 3"):
+        register("mine")(3)
+    assert not {"mine", *arguments} & {*available()}
+
+
 def test_registering_anew_leaves_nothing_of_before(monkeypatch):
     """As where a cell of a notebook is edited and run again."""
     monkeypatch.setattr(registry, "_WORDS", dict(registry._WORDS))

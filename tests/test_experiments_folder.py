@@ -36,7 +36,7 @@ def test_hyperparameters_that_are_no_plain_data(tmp_path, monkeypatch):
 
 def test_hyperparameters_that_have_changed(tmp_path):
     def suite(n_steps: int, n_envs: int) -> Suite:
-        entry = {"n_timesteps": 100, "n_steps": n_steps, "n_envs": n_envs}
+        entry = {"policy": "MlpPolicy", "n_timesteps": 100, "n_steps": n_steps, "n_envs": n_envs}
         (tmp_path / "tuned.yml").write_text(yaml.safe_dump({"default": entry}))
         return read_suite(write_suite(tmp_path, hyperparams="tuned.yml", methods={"step": {}}))
 
@@ -73,6 +73,25 @@ def test_results_of_another_folder_are_told_apart(tmp_path):
     with pytest.raises(
         ValueError, match=r"seed-0\.csv is of CartPole-v1/other, which suite\.json does not have: `run` adds it"
     ):
+        read_folder(folder)
+
+
+def test_a_result_that_is_not_in_its_place_or_incomplete(tmp_path):
+    """A copy would count as one more seed."""
+    folder = tmp_path / "out"
+    open_folder(folder, read_suite(write_suite(tmp_path, methods={"step": {"beta": "step"}})), 1)
+    about, curve = made_up_result("CartPole-v1", "step", 0, 1.0)
+    about |= {"hyperparams": {"beta": "step"}, "timesteps": 512}
+    path = folder / "results" / "CartPole-v1" / "step" / "seed-0.csv"
+    write_result(path, Result(about, curve))
+    read_folder(folder)
+    copied = shutil.copy(path, path.with_name("seed-99.csv"))
+    with pytest.raises(ValueError, match=r"seed-99\.csv is the result of results/.*seed-0\.csv, so it would count as another"):
+        read_folder(folder)
+    Path(copied).unlink()
+    del about["task"], about["versions"]
+    write_result(path, Result(about, curve))
+    with pytest.raises(ValueError, match=r"seed-0\.csv is not the result of a cell: it has no task, versions"):
         read_folder(folder)
 
 

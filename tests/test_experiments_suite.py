@@ -52,7 +52,9 @@ def test_selection(tmp_path):
 
 @pytest.mark.parametrize("task", ["CartPoleNoVel-v1", "BreakoutNoFrameskip-v4"])
 def test_tasks_are_those_that_rl_zoo_knows(tmp_path, task):
-    (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100}\natari: {n_timesteps: 300}\n")
+    (tmp_path / "tuned.yml").write_text(
+        "default: {policy: MlpPolicy, n_timesteps: 100}\natari: {policy: CnnPolicy, n_timesteps: 300}\n"
+    )
     suite = read_suite(write_suite(tmp_path, hyperparams="tuned.yml", tasks=[task], timesteps=None))
     # RL Zoo has an entry for all Atari games.
     assert {cell.timesteps for cell in suite.cells} == {300 if "Breakout" in task else 100}
@@ -116,6 +118,43 @@ def test_all_mistakes_at_once(refused, tmp_path):
     ):
         assert line.startswith("  - ")
         assert expected in line
+
+
+def test_what_a_model_refuses_is_known_at_the_start(refused, tmp_path):
+    methods = {
+        "discrete": {"beta": "mass_adaptive"},
+        "narrow": {"beta": "quadratic", "clip_range": 0},
+        "large": {"reuse": 10**6},
+        "recurrent": {"algo": "klip_ppo_lstm", "policy": "MlpLstmPolicy", "reuse": 2},
+        "single": {"batch_size": 1},
+        "falling": {"learning_rate": -1},
+        "images": {"policy": "CnnPolicy"},
+        "argument": {"policy_kwargs": "dict(net_arc=[64])"},
+        "text": {"policy_kwargs": "dict(net_arch=[64"},
+        "right": {"n_envs": 8, "n_steps": 1, "batch_size": 8, "policy_kwargs": "dict(net_arch=[8], activation_fn=nn.ReLU)"},
+    }
+    suite = write_suite(tmp_path, tasks=["Pendulum-v1"], hyperparams="tuned.yml", methods=methods)
+    (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100, policy: MlpPolicy}\n")
+    lines = refused("--suite", suite).splitlines()[1:]
+    for line, expected in zip(
+        lines,
+        (
+            "'discrete' on Pendulum-v1: ValueError: beta=mass_adaptive",
+            "'narrow' on Pendulum-v1: ValueError: clip_range=0 must be positive for beta=quadratic()",
+            "'large' on Pendulum-v1: ValueError: ",
+            "'recurrent' on Pendulum-v1: ",
+            "'single' on Pendulum-v1: AssertionError: ",
+            "'falling' on Pendulum-v1: ValueError: Invalid learning rate: -1",
+            "'images' on Pendulum-v1: AssertionError: ",
+            "'argument' on Pendulum-v1: TypeError: ",
+            "'text' on Pendulum-v1: SyntaxError: ",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"  - method {expected}")
+    (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100}\n")
+    suite = write_suite(tmp_path, hyperparams="tuned.yml", methods={"plain": {}})
+    assert "'plain' on CartPole-v1: TypeError: KLipPPO.__init__() missing" in refused("--suite", suite)
 
 
 def test_a_mistake_of_the_whole_hides_none_of_the_parts(refused, tmp_path):

@@ -260,6 +260,18 @@ def test_bad_input_names_the_argument():
         per_sample_kl_loss(ones, ones, ones, clip_rnge=0.1)
     with pytest.raises(TypeError, match=r"clip_range='0\.2' must be a number or a tensor"):
         per_sample_kl_loss(ones, ones, ones, clip_range="0.2")
+    for loss in (clip_loss, weight_space_loss, per_sample_kl_loss):
+        with pytest.raises(TypeError, match="old_log_prob must be a tensor, not list"):
+            loss(ones, [1.0] * 4, ones)
+        with pytest.raises(TypeError, match="mask must be a tensor, not list"):
+            loss(ones, ones, ones, mask=[True] * 4)
+        with pytest.raises(TypeError, match="clip_range=None must be a number or a tensor"):
+            loss(ones, ones, ones, clip_range=None)
+        for shape in ((4, 1), (3,), (1, 4)):
+            with pytest.raises(ValueError, match=r"clip_range has shape .*, but log_prob has"):
+                loss(ones, ones, ones, clip_range=th.full(shape, 0.2))
+        per_row = loss(ones.view(2, 2), ones.view(2, 2), ones.view(2, 2), clip_range=th.full((2, 1), 0.2))
+        assert per_row == loss(ones, ones, ones, clip_range=th.tensor(0.2))
     with pytest.raises(TypeError, match=r"no argument 'width'.* make\('linear_ramp', width=0.1\)"):
         per_sample_kl_loss(ones, ones, ones, "linear_ramp", width=0.1)
 

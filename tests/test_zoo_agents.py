@@ -670,6 +670,13 @@ def test_agents_for_other_environments_are_listed(ppo_agent, gym_era_agent):
             zoo_here("enjoy", "--algo", "klip_ppo", "--env", "CartPole-v1", "-f", folder, "--no-render", cwd=cwd)
 
 
+def test_files_of_the_tuner_are_no_agents(tmp_path):
+    (tmp_path / "logs" / "ppo" / "CartPole-v1_1").mkdir(parents=True)
+    (tmp_path / "logs" / "ppo" / "report_CartPole-v1_2-trials-random.csv").touch()
+    with pytest.raises(ValueError, match=r"for Pendulum-v1, but ppo/CartPole-v1_1\. An agent"):
+        zoo_here("enjoy", "--algo", "klip_ppo", "--env", "Pendulum-v1", "-f", "logs", "--no-render", cwd=tmp_path)
+
+
 def test_a_folder_without_agents_is_as_in_rl_zoo(tmp_path):
     with pytest.raises(AssertionError, match=r"The nothing/klip_ppo folder was not found"):
         zoo_here("enjoy", "--algo", "klip_ppo", "--env", "CartPole-v1", "-f", "nothing", "--no-render", cwd=tmp_path)

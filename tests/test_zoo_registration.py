@@ -112,6 +112,20 @@ def test_a_mistake_in_reuse_is_refused_before_anything_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (("beta:linear_ramp", "beta_kwargs:dict(width=0.1"), "dict(width=0.1"),
+        (("beta:linear_ramp", "beta_kwargs:width=0.1"), "width=0.1"),
+        (("beta=step",), "beta=step"),
+    ],
+)
+def test_what_is_no_python_is_named(tmp_path, capsys, words, wrong):
+    with pytest.raises(SystemExit):
+        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", *words, cwd=tmp_path)
+    assert f"-params/--hyperparams: {wrong!r} is no value in Python. Write NAME:VALUE" in capsys.readouterr().err
+
+
 def test_beta_kwargs_as_a_python_expression_in_a_file(train_here, tmp_path):
     entry = {
         "n_timesteps": 64,

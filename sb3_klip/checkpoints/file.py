@@ -99,7 +99,7 @@ class Checkpoint(NamedTuple):
         """
         # RL Zoo puts a folder of the same name, but for ".zip", beside a checkpoint.
         if isinstance(file, (str, pathlib.Path)) and pathlib.Path(file).is_dir():
-            file = pathlib.Path(f"{file}.zip")
+            file = pathlib.Path(f"{pathlib.Path(file)}.zip")
         opened = open_path(file, "r", suffix="zip")
         named = getattr(opened, "name", None)
         path = pathlib.Path(named) if isinstance(named, str) else None

@@ -173,7 +173,9 @@ class Checkpoints(OnPolicyAlgorithm):
             middle of their episodes and their wrappers, the last observations, and the state of callbacks. This is possible
             only between two rollouts, see :class:`~sb3_klip.ResumableCheckpointCallback`.
         :raises ValueError: if ``resumable`` is set in the middle of a rollout or an update
+        :raises TypeError: if ``resumable`` is no bool
         """
+        check_flag("resumable", resumable)
         state = read_state(self) if resumable else None
         # What the file has and the model has not goes into a copy: the model may be in use in another thread.
         beta = self.beta

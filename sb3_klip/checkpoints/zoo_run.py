@@ -127,7 +127,7 @@ def load_vecnormalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = Tr
     :raises TypeError: if ``venv`` is no ``VecEnv``, or ``trusted`` no bool
     """
     check_flag("trusted", trusted)
-    if isinstance(venv, gym.Env):
+    if isinstance(venv, gym.Env) or not hasattr(venv, "observation_space"):
         raise TypeError(f"venv={venv!r} must be a VecEnv, as make_vec_env returns")
     content = pathlib.Path(path).read_bytes()
     try:

@@ -113,8 +113,10 @@ class Coefficient:
         """
         Evaluate the schedules of its parameters.
 
-        :param progress_remaining: from 1 (start) to 0 (end of training)
+        :param progress_remaining: from 1 (start) to 0 (end of training); the last rollout may go beyond the end, as in SB3,
+            and counts as the end
         """
+        progress_remaining = min(max(progress_remaining, 0.0), 1.0)
         self.progress = 1.0 - progress_remaining
         self.values = {
             key: parameter.value(self.settings[key], progress_remaining, self.name)
@@ -234,6 +236,8 @@ class Coefficient:
             trial = copy.copy(self)
             trial.function = _own(self.function)
             result = trial(ratio, advantages, 0.2, **samples)
+            if trial.function is not self.function:
+                trial._try_methods(ratio)
         if changed := [key for key, tensor in given.items() if tensor._version != before[key]]:
             raise ValueError(f"coefficient {self!r} must return new tensors, but it changes {changed[0]!r} in place")
         for what, tensor in zip(("removal", "weight"), result, strict=True):
@@ -244,6 +248,17 @@ class Coefficient:
                     f"{scheduled if self.values != self.settings else ''}"
                     f"ratio {ratio.tolist()}, advantages {advantages.tolist()}, clip_range 0.2"
                 )
+
+    def _try_methods(self, ratio: th.Tensor) -> None:
+        """Call the optional methods, too, as training and saving would; it is a copy, which forgets it."""
+        stopped = self.function.stop(ratio, **self.values) if hasattr(self.function, "stop") else False
+        if isinstance(stopped, th.Tensor) and stopped.numel() != 1:
+            raise ValueError(f"the method stop of {self.name!r} must return True or False, not {stopped}")
+        self.end_update(0.05)
+        state = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the method state_dict of {self.name!r} must return a dict, not {state!r}")
+        self.load_state_dict(state)
 
 
 CoefficientLike: TypeAlias = Coefficient | CoefficientFunction
@@ -307,12 +322,13 @@ def _constructor_arguments(function: CoefficientFunction, name: str) -> dict[str
 
 def _check_methods(function: CoefficientFunction, parameters: Mapping[str, Any], name: str) -> None:
     """Refuse an object whose optional methods could not be called, which otherwise shows in training or in loading."""
-    for method, first in (("stop", "ratio"), ("end_update", "kl")):
+    for method, first in (("stop", "ratio"), ("end_update", "kl"), ("load_state_dict", "state")):
         if (hook := getattr(function, method, None)) is not None:
+            keywords = {} if method == "load_state_dict" else parameters
             try:
-                inspect.signature(hook).bind(None, **parameters)
+                inspect.signature(hook).bind(None, **keywords)
             except TypeError as error:
-                also = f", and the parameters {', '.join(parameters)} as keywords" if parameters else ""
+                also = f", and the parameters {', '.join(keywords)} as keywords" if keywords else ""
                 raise TypeError(
                     f"coefficient {name!r}: its method {method} must take ({first}){also}, not {inspect.signature(hook)}"
                 ) from error
@@ -330,8 +346,11 @@ def read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str,
         raise TypeError(f"a coefficient must be a name or a callable, not {function!r}")
     try:
         signature = inspect.signature(function, eval_str=True)
-    except NameError:  # annotations that only a type checker can resolve
-        signature = inspect.signature(function)
+    except Exception:  # annotations that only a type checker can resolve, which may raise anything
+        try:
+            signature = inspect.signature(function)
+        except ValueError as error:
+            raise TypeError(f"coefficient {name!r} must be written in Python, as its arguments are read: {error}") from error
     arguments = list(signature.parameters.values())
     order = tuple(a.name for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD))[:3]
     if {*order} != {*LEADING}:
@@ -345,6 +364,11 @@ def read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str,
     for argument in arguments[3:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             raise TypeError(f"coefficient {name!r} must name its arguments, not take *args or **kwargs")
+        if argument.default is not argument.empty and argument.name in QUANTITIES:
+            raise TypeError(
+                f"coefficient {name!r}: {argument.name!r} is a quantity ({QUANTITIES[argument.name]}). To receive it, write "
+                "it without a default; a parameter needs another name."
+            )
         if argument.default is not argument.empty:
             parameters[argument.name] = Parameter.of(argument)
         elif argument.name in QUANTITIES:

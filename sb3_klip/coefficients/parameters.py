@@ -141,13 +141,16 @@ def at_progress(value: Any, progress_remaining: float, name: str) -> float:
     elif callable(value):
         try:
             return float(value(progress_remaining))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise TypeError(
                 f"{name} must be a number, or a function of the remaining progress that returns one; {value!r} fails at "
                 f"{progress_remaining:g}: {error}"
             ) from error
     elif isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # a whole number that no float holds
+            return math.inf
     # YAML's numbers with an exponent have a dot.
     is_yaml = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
     hint = f" (which YAML reads as text: write {float(value)!r})" if is_yaml else ""

@@ -75,8 +75,9 @@ def register(
     :param factory: whether the function takes the parameters, all keyword-only, and returns a :class:`Coefficient`
     :param presets: further names, each with a dict of the parameters that it presets
     :return: decorator that returns the same function
-    :raises ValueError: if a name is taken by another coefficient, or is not allowed
-    :raises TypeError: if there is no name, or ``search`` names something that is no parameter
+    :raises ValueError: if a name is taken by another coefficient, or is not allowed; or a range of ``search`` is none
+    :raises TypeError: if there is no name, ``search`` or a preset names something that is no parameter, or there is no such
+        argument
     """
 
     preset_aliases = {**{alias: {} for alias in aliases}, **presets}
@@ -86,10 +87,10 @@ def register(
         if not isinstance(word, str) or not word or {*word} & {*":=,"}:
             raise ValueError(f"the name of a coefficient must be a text without colon, comma or equals sign, not {word!r}")
 
+    _check_declarations(name, presets, search or {})
+
     def decorate(function: AnyFunction) -> AnyFunction:
-        if unknown := next((key for key in search or {} if key not in _names_of_arguments(function)), None):
-            hint = did_you_mean(unknown, _names_of_arguments(function))
-            raise TypeError(f"search of the coefficient {name!r} has {unknown!r}, which is no parameter of it.{hint}")
+        _check_parameters(name, function, {"search": search or {}, **preset_aliases})
         entry = Entry(name, function, preset_aliases, formula, source, search, factory)
         for word in (name, *preset_aliases):
             # The same function again is a module that was run twice (a notebook cell, a reload).
@@ -105,6 +106,29 @@ def register(
         return function
 
     return decorate
+
+
+def _check_declarations(name: str, presets: Mapping[str, Any], search: Mapping[str, Any]) -> None:
+    """Refuse a misspelt argument, which would be one more name, and a range that the tuner could not sample."""
+    for word, preset in presets.items():
+        hint = did_you_mean(word, ("formula", "source", "search", "factory"), cutoff=0.75)
+        if hint or not isinstance(preset, dict):
+            raise TypeError(f"register has no argument {word!r}, and a further name presets parameters by a dict.{hint}")
+    for key, bounds in search.items():
+        if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and 0 < bounds[0] < bounds[1]):
+            expected = "(low, high) with 0 < low < high"
+            raise ValueError(f"search of the coefficient {name!r}: {key!r} must have {expected}, not {bounds!r}")
+
+
+def _check_parameters(name: str, function: Any, declared: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse names of parameters that the function does not have."""
+    if not callable(function):
+        raise TypeError(f"the coefficient {name!r} must be a function or a class, not {function!r}")
+    known = _names_of_arguments(function)
+    for where, keys in declared.items():
+        if unknown := next((key for key in keys if key not in known), None):
+            hint = did_you_mean(unknown, known)
+            raise TypeError(f"{where} of the coefficient {name!r} has {unknown!r}, which is no parameter of it.{hint}")
 
 
 def entries() -> list[Entry]:

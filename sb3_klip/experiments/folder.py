@@ -14,6 +14,8 @@ from sb3_klip.reproducibility import deciding_versions
 CELL_SIZE = 20_000_000
 #: File that says which suite, under which versions, the folder is for.
 MANIFEST = "suite.json"
+#: What a report needs to know of a result.
+KEYS = ("task", "method", "seed", "algo", "hyperparams", "timesteps", "final_return", "versions", "processor")
 
 
 def open_folder(folder: Path, suite: Suite, cells: int) -> None:
@@ -83,13 +85,18 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], list[Result]]:
         raise ValueError(f"{folder} has no finished cells yet")
     manifest, results = _manifest(folder), [read_result(path) for path in paths]
     for path, result in zip(paths, results, strict=True):
-        _check_result(path, result.about, manifest["definition"])
+        _check_result(path, path.relative_to(folder), result.about, manifest["definition"])
     return manifest, results
 
 
-def _check_result(path: Path, about: dict[str, Any], definition: dict[str, Any]) -> None:
-    """Refuse a result that is not of the suite's methods, as where those of another folder were copied."""
+def _check_result(path: Path, place: Path, about: dict[str, Any], definition: dict[str, Any]) -> None:
+    """Refuse a result that is not of the suite's methods, as where those of another folder were copied, or misplaced."""
+    if missing := [key for key in KEYS if key not in about]:
+        raise ValueError(f"{path} is not the result of a cell: it has no {', '.join(missing)}")
     name = f"{about['task']}/{about['method']}"
+    own = Path("results", about["task"].replace("/", "-"), about["method"], f"seed-{about['seed']}.csv")
+    if place != own:
+        raise ValueError(f"{path} is the result of {own}, so it would count as another one: remove it, or rename it")
     if name not in definition:
         raise ValueError(f"{path} is of {name}, which {MANIFEST} does not have: `run` adds it, with a suite that has it")
     made_with = {**about["hyperparams"], "algo": about["algo"], "n_timesteps": about["timesteps"]}

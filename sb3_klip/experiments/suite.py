@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import yaml
+from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -119,7 +120,7 @@ def read_suite(name: str) -> Suite:
         if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
             mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
     if not mistakes:
-        mistakes = _check_protocol(protocol, content)
+        mistakes = _check_protocol(protocol, content) or _check_models(protocol, content)
     if mistakes:
         raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
     return _made(Path(name).stem, content, protocol, conf)
@@ -216,14 +217,6 @@ def _algo_and_own(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _check_task(task: str, protocol: Mapping[str, Any], conf: str) -> list[str]:
     if task not in gym.envs.registry:
         return [f"unknown task {task!r}.{did_you_mean(task, gym.envs.registry)}"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of versions that are out of date
-        try:
-            gym.make(task).close()
-        except gym.error.DependencyNotInstalled as error:
-            return [f"{task} cannot be made: {error}"]
-        except Exception:  # it may need arguments, which methods may give
-            pass
     if not protocol:  # a mistake that is told already
         return []
     entry = _entry(protocol, task)
@@ -283,6 +276,47 @@ def _check_protocol(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> 
             wrong = _check_hyperparameters(algo, {**_entry(protocol, task), **own}, hyperparameters(ALGOS[algo]))
             mistakes += [f"{content['hyperparams']}, {task!r}: {mistake}" for mistake in wrong]
     return list(dict.fromkeys(mistakes))
+
+
+def _check_models(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
+    """What the algorithms refuse when a model is made, as a coefficient that does not fit the actions of a task."""
+    mistakes = []
+    for task in content["tasks"]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions that are out of date, and sizes of minibatches
+            try:
+                env = gym.make(task)
+            except gym.error.DependencyNotInstalled as error:
+                mistakes.append(f"{task} cannot be made: {error}")
+                continue
+            except Exception:  # it may need arguments, which methods may give
+                continue
+            for method, settings in content["methods"].items():
+                algo, own = _algo_and_own(settings)
+                try:
+                    _make_model(algo, {**_entry(protocol, task), **own}, env)
+                except Exception as error:  # whatever an algorithm, or a policy, may raise
+                    in_one_line = " ".join(str(error).split())
+                    mistakes.append(f"method {method!r} on {task}: {type(error).__name__}: {in_one_line}")
+            env.close()
+    return mistakes
+
+
+def _make_model(algo: str, hyperparams: Mapping[str, Any], env: gym.Env) -> None:
+    """Make a model as RL Zoo would, in one environment, unless wrappers or arguments change what it sees."""
+    changing = {"env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs"}
+    if not issubclass(ALGOS[algo], OnPolicyAlgorithm) or changing & {*hyperparams}:
+        return
+    arguments = inspect.signature(ALGOS[algo]).parameters
+    given = {key: value for key, value in hyperparams.items() if key in arguments}
+    for key, value in given.items():
+        if key in SCHEDULES:
+            given[key] = zoo_schedule(value)
+        elif isinstance(value, str) and key.endswith(("_kwargs", "_class")):
+            given[key] = eval(value, vars(exp_manager))
+    if "n_steps" in given:  # a rollout of all environments
+        given["n_steps"] *= hyperparams.get("n_envs", 1)
+    ALGOS[algo](**{**given, "env": env, "device": "cpu"})
 
 
 def _check_hyperparameters(algo: str, settings: Mapping[str, Any], known: set[str]) -> list[str]:

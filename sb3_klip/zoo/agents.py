@@ -213,7 +213,8 @@ def missing_agent(folder: str, algo: str, base: str, env_name: Any, error: Excep
     :param env_name: name of the environment
     :param error: exception that RL Zoo has raised
     """
-    agents = sorted(str(path.relative_to(folder)) for name in (algo, base) for path in Path(folder).glob(f"{name}/*_*"))
+    found = [path for name in (algo, base) for path in Path(folder).glob(f"{name}/*_*") if path.is_dir()]
+    agents = sorted(str(path.relative_to(folder)) for path in found)
     if not agents:
         return error
     return ValueError(

@@ -1,5 +1,6 @@
 """Registration with RL Zoo. RL Zoo has no plugin interface, so some of its functions are wrapped."""
 
+import argparse
 import functools
 import importlib
 from collections.abc import Callable
@@ -149,7 +150,12 @@ def _searches(manager: ExperimentManager, hyperparams: dict[str, Any]) -> bool:
 
 
 def _store_dict(original: Any, action: Any, parser: Any, namespace: Any, values: list[str], option: Any = None) -> None:
-    original(action, parser, namespace, [names_as_text(value) for value in values], option)
+    try:
+        original(action, parser, namespace, [names_as_text(value) for value in values], option)
+    except SyntaxError as error:
+        form = 'Write NAME:VALUE with the value in Python, as in batch_size:60 or beta_kwargs:"dict(width=0.1)"'
+        wrong = error.text or next((value for value in values if ":" not in value), "")
+        raise argparse.ArgumentError(action, f"{wrong!r} is no value in Python. {form}") from error
 
 
 def _create_callbacks(original: Any, manager: ExperimentManager) -> None:
