@@ -166,7 +166,7 @@ def test_ranges_are_of_parameters():
     ("arguments", "error", "message"),
     [
         ({"saerch": {"width": (0.1, 1.0)}}, TypeError, "register has no argument 'saerch', .* Did you mean 'search'"),
-        ({"sourc": "a paper"}, TypeError, "register has no argument 'sourc', .* Did you mean 'source'"),
+        ({"sources": "a paper"}, TypeError, "register has no argument 'sources', .* Did you mean 'source'"),
         ({"other": 3}, TypeError, "register has no argument 'other', and a further name presets parameters by a dict"),
         ({"other": {"wdth": 1}}, TypeError, "other of the coefficient 'mine' has 'wdth', .* Did you mean 'width'"),
         ({"search": {"width": (1, 0)}}, ValueError, r"'width' must have \(low, high\) with 0 < low < high, not \(1, 0\)"),

@@ -120,6 +120,12 @@ def test_all_mistakes_at_once(refused, tmp_path):
         assert expected in line
 
 
+def test_a_key_that_is_twice_in_the_hyperparameters(refused, tmp_path):
+    suite = write_suite(tmp_path, hyperparams="tuned.yml")
+    (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100, policy: MlpPolicy, gamma: 0.9, gamma: 0.8}\n")
+    assert "hyperparams='tuned.yml' cannot be read: the key 'gamma' is there twice" in refused("--suite", suite)
+
+
 def test_what_a_model_refuses_is_known_at_the_start(refused, tmp_path):
     methods = {
         "discrete": {"beta": "mass_adaptive"},
@@ -233,6 +239,7 @@ def test_values_of_the_wrong_kind(refused, tmp_path, key, values):
         ("{a@3e-4: {learning_rate: 3e-4}}", "method 'a@3e-4': learning_rate='3e-4' must be a number, as 3.0e-4"),
         ("{a: {clip_range_vf: }}", "method 'a': clip_range_vf=None must be a number"),
         ("{a: {n_epochs: 0}}", "method 'a': n_epochs=0 must be a whole number, at least 1"),
+        ("{a: {learning_rate: .nan}}", "method 'a': learning_rate=nan must be plain data without NaN and infinity"),
         ("{a: {compile: maybe}}", "method 'a': compile must be True, False or a dict"),
         ("{a: {policy: MlpPolcy}}", "method 'a': policy='MlpPolcy' must be one of MlpPolicy, CnnPolicy"),
         ("{a: {n_steps: 2026-01-01}}", "method 'a': "),

@@ -126,6 +126,19 @@ def test_what_is_no_python_is_named(tmp_path, capsys, words, wrong):
     assert f"-params/--hyperparams: {wrong!r} is no value in Python. Write NAME:VALUE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("learnin_rate:0.1",), r"klip_ppo has no hyperparameter 'learnin_rate'\. Did you mean 'learning_rate'\?"),
+        (("beta:linear_ramp", "width:0.1"), r"no hyperparameter 'width'\. It is a .* beta_kwargs:\"dict\(width=0\.1\)\""),
+    ],
+)
+def test_a_misspelt_hyperparameter_is_refused_before_anything_is_made(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        zoo_here("train", "--algo", "klip_ppo", "--env", "CartPole-v1", "-params", *words, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_beta_kwargs_as_a_python_expression_in_a_file(train_here, tmp_path):
     entry = {
         "n_timesteps": 64,

@@ -187,7 +187,7 @@ def _protocol(conf: str, beside: Path, mistakes: list[str]) -> tuple[Mapping[str
     try:
         if conf.endswith((".yml", ".yaml")):
             text = (beside / conf).read_text(encoding="utf-8")
-            protocol = yaml.safe_load(text)
+            protocol = yaml.load(text, _Loader)
         else:
             protocol = importlib.import_module(conf).hyperparams
     except Exception as error:  # a module may raise anything
@@ -260,10 +260,11 @@ def _check_method(method: Any, settings: Any) -> list[str]:
     mistakes = [f"{key!r} cannot be set by a method: {why}" for key, why in TAKEN.items() if key in own]
     own = {key: value for key, value in own.items() if key not in TAKEN}
     mistakes += _check_hyperparameters(algo, own, hyperparameters(ALGOS[algo]))
-    try:
-        json.dumps(settings, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        mistakes.append(str(error))
+    for key, value in settings.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            mistakes.append(f"{key}={value!r} must be plain data without NaN and infinity: {error}")
     return [f"method {method!r}: {mistake}" for mistake in mistakes]
 
 

@@ -17,9 +17,10 @@ from sb3_klip.arguments import check_arguments
 from sb3_klip.checkpoints.file import Checkpoint
 from sb3_klip.checkpoints.zoo_run import load_vecnormalize
 from sb3_klip.coefficients.registry import make_beta
+from sb3_klip.errors import did_you_mean
 from sb3_klip.variants import VARIANTS
 from sb3_klip.zoo import agents
-from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, names_as_text, zoo_hyperparams
+from sb3_klip.zoo.hyperparams import evaluate_beta_kwargs, hyperparameters, names_as_text, zoo_hyperparams
 from sb3_klip.zoo.tuning import (
     SEARCH,
     converter_with_beta,
@@ -101,6 +102,8 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
         agents.keep_statistics(manager, hyperparams, saved_hyperparams)
     if (resumed := agents.read_resumed(manager, hyperparams)) is not None:
         return dict(resumed), resumed
+    if not manager.continue_training:
+        _check_names(manager.algo, hyperparams)
     searches_beta = _searches(manager, hyperparams)
     check_arguments(hyperparams)
     if not searches_beta:
@@ -110,6 +113,16 @@ def _read_hyperparameters(original: Any, manager: ExperimentManager) -> tuple[di
             coefficient = make_beta(hyperparams.get("beta", default), hyperparams.get("beta_kwargs"))
             saved_hyperparams["beta"], saved_hyperparams["beta_kwargs"] = coefficient.name, dict(coefficient.parameters)
     return hyperparams, saved_hyperparams
+
+
+def _check_names(algo: str, hyperparams: dict[str, Any]) -> None:
+    """Refuse a hyperparameter that there is not, before an environment or a folder is made."""
+    known = hyperparameters(ALGOS[algo])
+    if unknown := next((name for name in hyperparams if name not in known), None):
+        hint = did_you_mean(unknown, known)
+        if unknown in make_beta(hyperparams.get("beta", "step")).parameters:
+            hint = f' It is a parameter of the coefficient: beta_kwargs:"dict({unknown}={hyperparams[unknown]!r})"'
+        raise ValueError(f"{algo} has no hyperparameter {unknown!r}.{hint}")
 
 
 def _take_trial(manager: ExperimentManager) -> None:
