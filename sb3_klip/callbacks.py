@@ -1,7 +1,6 @@
 """Callbacks: logs, histograms of β, the comparison with PPO, and checkpoints to resume from."""
 
 import csv
-import io
 import os
 import pickle
 import warnings
@@ -35,18 +34,20 @@ def _check_path(name: str, path: object) -> None:
 
 class _CSVOutput(CSVOutputFormat):
     """
-    SB3's format, which goes on with a file that has rows already.
+    SB3's format, which can go on with a file.
 
-    :param path: the file, which must exist
-    :param keys: the keys of its columns
+    :param path: the file
+    :param kept: what is kept of it, from its beginning; if nothing is, the file is emptied
     """
 
-    def __init__(self, path: Path, keys: list[str]):
-        super().__init__(os.devnull)  # it would empty the file
-        self.file.close()
-        self.file = path.open("r+", encoding="utf-8")
-        self.file.seek(0, os.SEEK_END)
-        self.keys = keys
+    def __init__(self, path: Path, kept: str):
+        super().__init__(os.devnull if kept else str(path))
+        if kept:
+            self.file.close()
+            self.file = path.open("r+", encoding="utf-8")
+            self.file.truncate(len(kept.encode()))
+            self.file.seek(0, os.SEEK_END)
+            self.keys = next(csv.reader(kept.splitlines()))
 
     def write(self, *args: Any, **kwargs: Any) -> None:
         with naming(self.file.name):
@@ -78,33 +79,30 @@ class CSVLogCallback(BaseCallback):
     def _on_training_start(self) -> None:
         self._on_training_end()  # an earlier training may have ended with an exception
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        earlier = self._earlier_rows()
-        keys = list(earlier[0]) if earlier else []
-        text = io.StringIO()
-        if earlier:
-            writer = csv.DictWriter(text, keys, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(earlier)
-        write_atomically(self.path, text.getvalue().encode())  # whenever the process may be killed, the rows are there
-        self._csv = _CSVOutput(self.path, keys)
+        self._csv = _CSVOutput(self.path, self._kept())
         self._log = self.logger  # the model may have another one at the end
         self._log.output_formats.append(self._csv)
 
-    def _earlier_rows(self) -> list[dict[str, Any]]:
-        """The rows of the file that are of steps which this training has behind it."""
+    def _kept(self) -> str:
+        """The beginning of the file, as far as this training has its steps behind it."""
         if self.num_timesteps == 0 or not self.path.is_file():
-            return []
+            return ""
         try:
-            # A crash may have cut off the last row.
-            rows = list(csv.DictReader(self.path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()))
+            with self.path.open(encoding="utf-8", newline="") as file:
+                lines = [line for line in file if line.endswith("\n")]  # a crash may have cut off the last row
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is no log to continue: {error}. Move it away, or give another path") from error
-        if any(None in row for row in rows):
-            raise ValueError(f"{self.path} is damaged: a row has more values than keys. Move it away, or give another path")
-        steps = [str(row.get("time/total_timesteps")) for row in rows]
-        # Rows without steps, which others have written, belong to the row after them.
-        behind = [place for place, text in enumerate(steps) if text.isdigit() and int(text) <= self.num_timesteps]
-        return rows[: behind[-1] + 1] if behind else []
+        rows, kept = csv.DictReader(lines), 0
+        for row in rows:
+            if None in row:
+                raise ValueError(
+                    f"{self.path} is damaged: a row has more values than keys. Move it away, or give another path"
+                )
+            steps = str(row.get("time/total_timesteps"))
+            # Rows without steps, which others have written, belong to the row after them.
+            if steps.isdigit() and int(steps) <= self.num_timesteps:
+                kept = rows.line_num
+        return "".join(lines[:kept])
 
     def _on_step(self) -> bool:
         return True

@@ -16,7 +16,7 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from sb3_klip.coefficients import Coefficient, available, entries, make
+from sb3_klip.coefficients import Coefficient, available, make
 from sb3_klip.diagnostics import PERCENTILES
 from sb3_klip.errors import did_you_mean
 from sb3_klip.surrogate import per_sample_beta
@@ -87,8 +87,7 @@ def read_coefficient(given: str | Coefficient | Callable[..., Any]) -> tuple[str
         name, separator, settings = given.rpartition(":")
         pairs = [each.strip().partition("=") for each in settings.split(",")]
         label, parameters = f"{name} ({', '.join(map(''.join, pairs))})", dict[str, Any]()
-        named = name in {word for entry in entries() for word in (entry.name, *entry.aliases)}
-        if separator and ("=" in settings or named):
+        if separator and "=" in settings:
             if missing := [key for key, equals, _ in pairs if key and not equals]:
                 raise ValueError(f"{given!r}: {missing[0]!r} has no value; write NAME:parameter=value,parameter=value")
             parameters = {key: _number(value) for key, _, value in pairs}

@@ -168,7 +168,7 @@ def test_csv_log_of_a_continuation_that_is_killed(tmp_path):
     """In its first rollout, nothing of its own is there to be written."""
     model, path = PPO("MlpPolicy", "CartPole-v1", **TINY_MODEL), tmp_path / "progress.csv"
     model.learn(128, callback=CSVLogCallback(path))
-    before, seen = path.read_text(), []
+    before, seen, inode = path.read_text(), [], path.stat().st_ino
 
     def look(_locals, _globals):
         seen.append(path.read_text())
@@ -177,6 +177,7 @@ def test_csv_log_of_a_continuation_that_is_killed(tmp_path):
     model.learn(64, callback=[CSVLogCallback(path), ConvertCallback(look)], reset_num_timesteps=False)
     assert seen == [before] * 64
     assert path.read_text().startswith(before)
+    assert path.stat().st_ino == inode  # a program that follows the file goes on reading
 
 
 @pytest.mark.parametrize(

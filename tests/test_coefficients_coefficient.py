@@ -1,5 +1,6 @@
 """Functions and objects of the user's own as coefficients."""
 
+import functools
 import math
 import threading
 from dataclasses import dataclass
@@ -289,9 +290,6 @@ class WithState:
     def stop(self, ratio):
         return False
 
-    def end_update(self, kl):
-        self.kl = kl
-
     def state_dict(self):
         return {}
 
@@ -310,16 +308,29 @@ class WithState:
             "stop",
             lambda self, ratio: ratio > 2,
             ValueError,
-            "method stop of '.*Wrong' must return True or False, not tensor",
+            "method stop of '.*Wrong' must return True or False: Boolean value",
         ),
-        ("end_update", lambda self, kl: self.kll, AttributeError, "'Wrong' object has no attribute 'kll'"),
     ],
 )
 def test_optional_methods_are_tried_before_training(method, function, error, message):
     wrong = type("Wrong", (WithState,), {method: function})()
     with pytest.raises(error, match=message):
         KLipPPO("MlpPolicy", "CartPole-v1", n_steps=64, beta=wrong)
-    assert not vars(wrong)
+
+
+def test_what_learns_is_not_tried():
+    """It may tell somebody of each update, whom only a training has."""
+    learned = []
+    telling = type("Telling", (WithState,), {"end_update": lambda self, kl: learned.append(kl)})()
+    model = KLipPPO("MlpPolicy", "CartPole-v1", n_steps=64, n_epochs=1, beta=telling)
+    assert not learned
+    model.learn(64)
+    assert len(learned) == 1
+
+
+def test_a_method_without_a_signature():
+    odd = type("Odd", (WithState,), {"load_state_dict": property(lambda self: self.__dict__.update)})()
+    assert make(odd).state_dict() == {}
 
 
 def test_a_quantity_with_a_default_is_refused():
@@ -328,6 +339,12 @@ def test_a_quantity_with_a_default_is_refused():
 
     with pytest.raises(TypeError, match=r"'kl' is a quantity .* write it without a default; a parameter needs another name"):
         make(attentive)
+
+    def fading(ratio, advantages, clip_range, progress):
+        return th.full_like(ratio, progress)
+
+    half = make(functools.partial(fading, progress=0.5))  # which is meant
+    assert half(th.ones(2), th.ones(2), 0.2)[0].tolist() == [0.5, 0.5]
 
 
 def test_annotations_that_cannot_be_evaluated():

@@ -169,9 +169,12 @@ def test_ranges_are_of_parameters():
         ({"sources": "a paper"}, TypeError, "register has no argument 'sources', .* Did you mean 'source'"),
         ({"other": 3}, TypeError, "register has no argument 'other', and a further name presets parameters by a dict"),
         ({"other": {"wdth": 1}}, TypeError, "other of the coefficient 'mine' has 'wdth', .* Did you mean 'width'"),
-        ({"search": {"width": (1, 0)}}, ValueError, r"'width' must have \(low, high\) with 0 < low < high, not \(1, 0\)"),
-        ({"search": {"width": (0, 1)}}, ValueError, r"with 0 < low < high, not \(0, 1\)"),
-        ({"search": {"width": 3}}, ValueError, "with 0 < low < high, not 3"),
+        ({"search": {"width": (1, 0)}}, ValueError, r"'width' must have \(low, high\) with 0 < low <= high, not \(1, 0\)"),
+        ({"search": {"width": (0, 1)}}, ValueError, r"with 0 < low <= high, not \(0, 1\)"),
+        ({"search": {"width": 3}}, ValueError, "with 0 < low <= high, not 3"),
+        ({"search": {"width": ("0.3", "0.5")}}, ValueError, "with 0 < low <= high, not"),
+        ({"search": {"width": (0.3, math.inf)}}, ValueError, "with 0 < low <= high, not"),
+        ({"search": ["width"]}, TypeError, r"search of the coefficient 'mine' must be a dict of ranges, not \['width'\]"),
     ],
 )
 def test_declarations_that_are_wrong(arguments, error, message):
@@ -182,6 +185,8 @@ def test_declarations_that_are_wrong(arguments, error, message):
         register("mine", **arguments)(mine)
     with pytest.raises(TypeError, match="the coefficient 'mine' must be a function or a class, not 3"):
         register("mine")(3)
+    with pytest.raises(TypeError, match="coefficient 'mine' must be written in Python"):
+        register("mine")(th.zeros_like)
     assert not {"mine", *arguments} & {*available()}
 
 

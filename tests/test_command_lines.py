@@ -38,7 +38,6 @@ from sb3_klip.zoo.__main__ import main as zoo
         ((*DEFAULT, "--beta", "linear_ramp", "-params", "beta_kwargs:dict(width=-1)"), "width=-1 .* out of range"),
         ((*DEFAULT, "--beta", "linear_ramp", "-params", "beta_kwargs:3"), "beta_kwargs must be a dict"),
         ((*DEFAULT, "-params", "policy:MlpPolicy"), "name 'MlpPolicy' is not defined"),
-        ((*DEFAULT, "--env-kwargs", "length:"), "--env-kwargs"),
         ((*DEFAULT, "-params", "learnin_rate:0.1"), r"no hyperparameter 'learnin_rate'\. Did you mean 'learning_rate'\?"),
         ((*DEFAULT, "-params", "beta:'linear_ramp'"), "-params beta:'linear_ramp': .* --beta"),
         ((*DEFAULT, "--beta", "linear_ramp", "--estimator", "analytic"), "--estimator=analytic .*'linear_ramp'"),
@@ -85,7 +84,10 @@ def test_help_of_verify(capsys):
         assert f"--{option.replace('_', '-')}" in shown
 
 
-@pytest.mark.parametrize("arguments", [(), ("--env",), ("--env", "x", "--algo", "dqn"), ("--env", "x", "-n", "many")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--env",), ("--env", "x", "--algo", "dqn"), ("--env", "x", "-n", "many"), ("--env", "x", "--env-kwargs", "length:")],
+)
 def test_usage_of_verify(capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         verify_command.main(list(arguments))

@@ -1,21 +1,24 @@
 """Suites: those that come with the package, one of your own, and all mistakes in it at once."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import pytest
+import yaml
 from small_suites import SUITE, TINY, write_suite
 
 from sb3_klip.experiments.cell import Cell
-from sb3_klip.experiments.suite import included, read_suite, select
+from sb3_klip.experiments.suite import check_models, included, read_suite, select
 
 
 def test_all_included_suites_can_be_run():
     assert included() == ["coefficients", "fast", "knobs", "paper", "reuse", "reuse_long", "smoke", "wide"]
     for name in included():
         suite = read_suite(name)
+        check_models(suite, suite.cells)
         assert suite.name == name
         names = [cell.name for cell in suite.cells]
         assert len(set(names)) == len(names) == len({cell.result_file(Path()) for cell in suite.cells})
@@ -120,6 +123,23 @@ def test_all_mistakes_at_once(refused, tmp_path):
         assert expected in line
 
 
+def test_models_that_can_be_made(tmp_path):
+    """As RL Zoo makes them, and without a change of what they are made with."""
+    hyperparams = {"n_timesteps": 100, "policy": "MlpPolicy", "policy_kwargs": {"net_arch": [8]}}
+    methods = {
+        "a2c": {"algo": "a2c"},
+        "own": {"policy": "stable_baselines3.common.policies.ActorCriticPolicy"},
+        "falling": {"learning_rate": "lin_3e-4", "clip_range": "lin_0.2"},
+        "wrapped": {"env_wrapper": "no.such.Wrapper"},
+        "sac": {"algo": "sac", "buffer_size": 10},
+    }
+    (tmp_path / "tuned.yml").write_text(yaml.safe_dump({"default": hyperparams}))
+    suite = read_suite(write_suite(tmp_path, hyperparams="tuned.yml", tasks=["Pendulum-v1"], methods=methods))
+    before = copy.deepcopy((suite.cells, suite.definition))
+    check_models(suite, suite.cells)
+    assert (suite.cells, suite.definition) == before
+
+
 def test_a_key_that_is_twice_in_the_hyperparameters(refused, tmp_path):
     suite = write_suite(tmp_path, hyperparams="tuned.yml")
     (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100, policy: MlpPolicy, gamma: 0.9, gamma: 0.8}\n")
@@ -137,6 +157,8 @@ def test_what_a_model_refuses_is_known_at_the_start(refused, tmp_path):
         "images": {"policy": "CnnPolicy"},
         "argument": {"policy_kwargs": "dict(net_arc=[64])"},
         "text": {"policy_kwargs": "dict(net_arch=[64"},
+        "buffer": {"rollout_buffer_kwargs": "dict()"},
+        "clip": {"clip_range_vf": -1},
         "right": {"n_envs": 8, "n_steps": 1, "batch_size": 8, "policy_kwargs": "dict(net_arch=[8], activation_fn=nn.ReLU)"},
     }
     suite = write_suite(tmp_path, tasks=["Pendulum-v1"], hyperparams="tuned.yml", methods=methods)
@@ -154,10 +176,13 @@ def test_what_a_model_refuses_is_known_at_the_start(refused, tmp_path):
             "'images' on Pendulum-v1: AssertionError: ",
             "'argument' on Pendulum-v1: TypeError: ",
             "'text' on Pendulum-v1: SyntaxError: ",
+            "'buffer' on Pendulum-v1: TypeError: ",
+            "'clip' on Pendulum-v1: AssertionError: ",
         ),
         strict=True,
     ):
         assert line.startswith(f"  - method {expected}")
+    assert refused("--suite", suite, "--methods", "text", "right").count("  - ") == 1
     (tmp_path / "tuned.yml").write_text("default: {n_timesteps: 100}\n")
     suite = write_suite(tmp_path, hyperparams="tuned.yml", methods={"plain": {}})
     assert "'plain' on CartPole-v1: TypeError: KLipPPO.__init__() missing" in refused("--suite", suite)

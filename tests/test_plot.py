@@ -254,7 +254,6 @@ def test_a_figure_from_python_is_that_of_the_command_line(draw, run, tmp_path):
             "'linear_ramp.width=0.1.' is not a coefficient. Did you mean",
         ),
         (lambda: gradient("linear_ramp:width=1,b"), ValueError, "'b' has no value; write NAME:parameter=value"),
-        (lambda: gradient("linear_ramp:width"), ValueError, "'width' has no value; write NAME:parameter=value"),
         (lambda: gradient(make("fixed")), ValueError, "Its estimates can be: 'fixed:estimator=k3', or k1"),
         (lambda: gradient("position"), ValueError, "it also depends on position; the atlas has it"),
         (lambda: gradient(in_states), ValueError, "it also depends on kl$"),

@@ -118,6 +118,7 @@ def test_a_mistake_in_reuse_is_refused_before_anything_is_made(tmp_path):
         (("beta:linear_ramp", "beta_kwargs:dict(width=0.1"), "dict(width=0.1"),
         (("beta:linear_ramp", "beta_kwargs:width=0.1"), "width=0.1"),
         (("beta=step",), "beta=step"),
+        (("learning_rate:",), "learning_rate:"),
     ],
 )
 def test_what_is_no_python_is_named(tmp_path, capsys, words, wrong):
@@ -130,6 +131,7 @@ def test_what_is_no_python_is_named(tmp_path, capsys, words, wrong):
     ("words", "message"),
     [
         (("learnin_rate:0.1",), r"klip_ppo has no hyperparameter 'learnin_rate'\. Did you mean 'learning_rate'\?"),
+        (("beta:stpe", "learnin_rate:0.1"), r"no hyperparameter 'learnin_rate'\. Did you mean 'learning_rate'\?"),
         (("beta:linear_ramp", "width:0.1"), r"no hyperparameter 'width'\. It is a .* beta_kwargs:\"dict\(width=0\.1\)\""),
     ],
 )

@@ -1,6 +1,7 @@
 """What a coefficient is: a function of per-sample tensors, with its parameters and its state."""
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
@@ -250,11 +251,11 @@ class Coefficient:
                 )
 
     def _try_methods(self, ratio: th.Tensor) -> None:
-        """Call the optional methods, too, as training and saving would; it is a copy, which forgets it."""
-        stopped = self.function.stop(ratio, **self.values) if hasattr(self.function, "stop") else False
-        if isinstance(stopped, th.Tensor) and stopped.numel() != 1:
-            raise ValueError(f"the method stop of {self.name!r} must return True or False, not {stopped}")
-        self.end_update(0.05)
+        """Call the methods of a copy that change nothing, as training and saving would."""
+        try:
+            self.stop(ratio)
+        except (ValueError, RuntimeError) as error:  # of an array or a tensor of several numbers
+            raise ValueError(f"the method stop of {self.name!r} must return True or False: {error}") from error
         state = self.state_dict()
         if not isinstance(state, Mapping):
             raise TypeError(f"the method state_dict of {self.name!r} must return a dict, not {state!r}")
@@ -327,6 +328,8 @@ def _check_methods(function: CoefficientFunction, parameters: Mapping[str, Any],
             keywords = {} if method == "load_state_dict" else parameters
             try:
                 inspect.signature(hook).bind(None, **keywords)
+            except ValueError:  # of a method that is not in Python
+                continue
             except TypeError as error:
                 also = f", and the parameters {', '.join(keywords)} as keywords" if keywords else ""
                 raise TypeError(
@@ -364,7 +367,8 @@ def read_signature(function: CoefficientFunction, name: str) -> tuple[tuple[str,
     for argument in arguments[3:]:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             raise TypeError(f"coefficient {name!r} must name its arguments, not take *args or **kwargs")
-        if argument.default is not argument.empty and argument.name in QUANTITIES:
+        is_fixed = isinstance(function, functools.partial) and argument.name in function.keywords
+        if argument.default is not argument.empty and argument.name in QUANTITIES and not is_fixed:
             raise TypeError(
                 f"coefficient {name!r}: {argument.name!r} is a quantity ({QUANTITIES[argument.name]}). To receive it, write "
                 "it without a default; a parameter needs another name."

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -111,12 +112,15 @@ def register(
 def _check_declarations(name: str, presets: Mapping[str, Any], search: Mapping[str, Any]) -> None:
     """Refuse a misspelt argument, which would be one more name, and a range that the tuner could not sample."""
     for word, preset in presets.items():
-        hint = did_you_mean(word, ("formula", "source", "search", "factory"), cutoff=0.75)
-        if hint or not isinstance(preset, dict):
+        if not isinstance(preset, dict) or any(isinstance(value, (tuple, list)) for value in preset.values()):
+            hint = did_you_mean(word, ("formula", "source", "search", "factory"))
             raise TypeError(f"register has no argument {word!r}, and a further name presets parameters by a dict.{hint}")
+    if not isinstance(search, Mapping):
+        raise TypeError(f"search of the coefficient {name!r} must be a dict of ranges, not {search!r}")
     for key, bounds in search.items():
-        if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and 0 < bounds[0] < bounds[1]):
-            expected = "(low, high) with 0 < low < high"
+        is_range = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(bound, Real) for bound in bounds)
+        if not (is_range and 0 < bounds[0] <= bounds[1] < math.inf):
+            expected = "(low, high) with 0 < low <= high"
             raise ValueError(f"search of the coefficient {name!r}: {key!r} must have {expected}, not {bounds!r}")
 
 
@@ -124,7 +128,10 @@ def _check_parameters(name: str, function: Any, declared: Mapping[str, Mapping[s
     """Refuse names of parameters that the function does not have."""
     if not callable(function):
         raise TypeError(f"the coefficient {name!r} must be a function or a class, not {function!r}")
-    known = _names_of_arguments(function)
+    try:
+        known = _names_of_arguments(function)
+    except ValueError as error:
+        raise TypeError(f"coefficient {name!r} must be written in Python, as its arguments are read: {error}") from error
     for where, keys in declared.items():
         if unknown := next((key for key in keys if key not in known), None):
             hint = did_you_mean(unknown, known)

@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
 
     from sb3_klip.experiments.folder import open_folder
     from sb3_klip.experiments.scheduling import connect, run_cells
-    from sb3_klip.experiments.suite import read_suite, select
+    from sb3_klip.experiments.suite import check_models, read_suite, select
 
     # Trainings run in the suite's folder, and do not find what only this one has; nor must the checks.
     if sys.path[0] == os.getcwd():
@@ -89,6 +89,7 @@ def _run(args: argparse.Namespace, words: str) -> int:
     cells = select(suite, args.tasks, args.methods, args.seeds)
     folder = (args.folder or Path("logs/experiments", suite.name)).absolute()
     missing = [cell for cell in cells if not cell.result_file(folder).exists()]
+    check_models(suite, missing)
     open_folder(folder, suite, len(missing))
     print(f"{len(cells)} cell{'s' * (len(cells) != 1)}, {len(cells) - len(missing)} finished already; results go to {folder}")
     finished = f"All finished. Tables and figures:\n  python -m sb3_klip.experiments report {folder}"

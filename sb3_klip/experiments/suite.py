@@ -1,5 +1,6 @@
 """Suites: reading and checking their tasks, methods and seeds."""
 
+import copy
 import importlib
 import importlib.resources
 import inspect
@@ -15,7 +16,7 @@ import gymnasium as gym
 import yaml
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import ALGOS
+from rl_zoo3.utils import ALGOS, get_class_by_name
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_klip.arguments import check_arguments
@@ -120,9 +121,9 @@ def read_suite(name: str) -> Suite:
         if len({str(method).lower() for method in content["methods"]}) < len(content["methods"]):
             mistakes.append("methods must differ in more than case, as some systems do not tell such folders apart")
     if not mistakes:
-        mistakes = _check_protocol(protocol, content) or _check_models(protocol, content)
+        mistakes = _check_protocol(protocol, content)
     if mistakes:
-        raise ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
+        raise _refused(name, mistakes)
     return _made(Path(name).stem, content, protocol, conf)
 
 
@@ -154,6 +155,57 @@ def select(suite: Suite, tasks: Iterable[str], methods: Iterable[str], seeds: Se
         return cells
     first = min(cell.seed for cell in cells)
     return [replace(cell, seed=seed) for seed in dict.fromkeys(seeds) for cell in cells if cell.seed == first]
+
+
+def check_models(suite: Suite, cells: Iterable[Cell]) -> None:
+    """
+    Make a model for each task and method, to know what the algorithms refuse before hours of training.
+
+    :param suite: the suite
+    :param cells: those that are to be run
+    :raises ValueError: if a model cannot be made, or an environment that needs another package, with one line for each
+    """
+    mistakes = []
+    for task in dict.fromkeys(cell.task for cell in cells):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions that are out of date, and sizes of minibatches
+            try:
+                env = gym.make(task)
+            except gym.error.DependencyNotInstalled as error:
+                mistakes.append(f"{task} cannot be made: {error}")
+                continue
+            except Exception:  # it may need arguments, which methods may give
+                continue
+            for method in dict.fromkeys(cell.method for cell in cells if cell.task == task):
+                try:
+                    _make_model(env, **suite.definition[f"{task}/{method}"])
+                except Exception as error:  # whatever an algorithm, or a policy, may raise
+                    in_one_line = " ".join(str(error).split())
+                    mistakes.append(f"method {method!r} on {task}: {type(error).__name__}: {in_one_line}")
+            env.close()
+    if mistakes:
+        raise _refused(suite.name, mistakes)
+
+
+def _make_model(env: gym.Env, algo: str, **hyperparams: Any) -> None:
+    """Make a model as RL Zoo would, in one environment, unless wrappers or arguments change what it sees."""
+    changing = {"env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs"}
+    if not issubclass(ALGOS[algo], OnPolicyAlgorithm) or changing & {*hyperparams}:
+        return
+    arguments = inspect.signature(ALGOS[algo]).parameters
+    # A copy: A2C writes into the dict of the arguments of its policy.
+    given = copy.deepcopy({key: value for key, value in hyperparams.items() if key in arguments})
+    if isinstance(given.get("policy_kwargs"), str):
+        given["policy_kwargs"] = eval(given["policy_kwargs"], vars(exp_manager))
+    if "." in given.get("policy", ""):
+        given["policy"] = get_class_by_name(given["policy"])
+    if "n_steps" in given:  # a rollout of all environments
+        given["n_steps"] *= hyperparams.get("n_envs", 1)
+    ALGOS[algo](env=env, device="cpu", **ExperimentManager._preprocess_schedules(given))
+
+
+def _refused(name: str, mistakes: Iterable[str]) -> ValueError:
+    return ValueError(f"the suite {name} cannot be run:\n" + "\n".join(f"  - {mistake}" for mistake in mistakes))
 
 
 def _shape(content: Any) -> tuple[list[str], set[str]]:
@@ -277,47 +329,6 @@ def _check_protocol(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> 
             wrong = _check_hyperparameters(algo, {**_entry(protocol, task), **own}, hyperparameters(ALGOS[algo]))
             mistakes += [f"{content['hyperparams']}, {task!r}: {mistake}" for mistake in wrong]
     return list(dict.fromkeys(mistakes))
-
-
-def _check_models(protocol: Mapping[str, Any], content: Mapping[str, Any]) -> list[str]:
-    """What the algorithms refuse when a model is made, as a coefficient that does not fit the actions of a task."""
-    mistakes = []
-    for task in content["tasks"]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of versions that are out of date, and sizes of minibatches
-            try:
-                env = gym.make(task)
-            except gym.error.DependencyNotInstalled as error:
-                mistakes.append(f"{task} cannot be made: {error}")
-                continue
-            except Exception:  # it may need arguments, which methods may give
-                continue
-            for method, settings in content["methods"].items():
-                algo, own = _algo_and_own(settings)
-                try:
-                    _make_model(algo, {**_entry(protocol, task), **own}, env)
-                except Exception as error:  # whatever an algorithm, or a policy, may raise
-                    in_one_line = " ".join(str(error).split())
-                    mistakes.append(f"method {method!r} on {task}: {type(error).__name__}: {in_one_line}")
-            env.close()
-    return mistakes
-
-
-def _make_model(algo: str, hyperparams: Mapping[str, Any], env: gym.Env) -> None:
-    """Make a model as RL Zoo would, in one environment, unless wrappers or arguments change what it sees."""
-    changing = {"env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs"}
-    if not issubclass(ALGOS[algo], OnPolicyAlgorithm) or changing & {*hyperparams}:
-        return
-    arguments = inspect.signature(ALGOS[algo]).parameters
-    given = {key: value for key, value in hyperparams.items() if key in arguments}
-    for key, value in given.items():
-        if key in SCHEDULES:
-            given[key] = zoo_schedule(value)
-        elif isinstance(value, str) and key.endswith(("_kwargs", "_class")):
-            given[key] = eval(value, vars(exp_manager))
-    if "n_steps" in given:  # a rollout of all environments
-        given["n_steps"] *= hyperparams.get("n_envs", 1)
-    ALGOS[algo](**{**given, "env": env, "device": "cpu"})
 
 
 def _check_hyperparameters(algo: str, settings: Mapping[str, Any], known: set[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Registration with RL Zoo. RL Zoo has no plugin interface, so some of its functions are wrapped."""
 
 import argparse
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -119,8 +120,10 @@ def _check_names(algo: str, hyperparams: dict[str, Any]) -> None:
     """Refuse a hyperparameter that there is not, before an environment or a folder is made."""
     known = hyperparameters(ALGOS[algo])
     if unknown := next((name for name in hyperparams if name not in known), None):
-        hint = did_you_mean(unknown, known)
-        if unknown in make_beta(hyperparams.get("beta", "step")).parameters:
+        hint, parameters = did_you_mean(unknown, known), dict[str, Any]()
+        with contextlib.suppress(ValueError, TypeError):  # it is another mistake, or what the tuner searches
+            parameters = dict(make_beta(hyperparams.get("beta", "step"), hyperparams.get("beta_kwargs")).parameters)
+        if unknown in parameters:
             hint = f' It is a parameter of the coefficient: beta_kwargs:"dict({unknown}={hyperparams[unknown]!r})"'
         raise ValueError(f"{algo} has no hyperparameter {unknown!r}.{hint}")
 
@@ -167,7 +170,7 @@ def _store_dict(original: Any, action: Any, parser: Any, namespace: Any, values:
         original(action, parser, namespace, [names_as_text(value) for value in values], option)
     except SyntaxError as error:
         form = 'Write NAME:VALUE with the value in Python, as in batch_size:60 or beta_kwargs:"dict(width=0.1)"'
-        wrong = error.text or next((value for value in values if ":" not in value), "")
+        wrong = error.text or next(value for value in values if not value.partition(":")[2])
         raise argparse.ArgumentError(action, f"{wrong!r} is no value in Python. {form}") from error
 
 
