@@ -97,6 +97,11 @@ def test_distance_is_positive_exactly_on_the_kill_set(batch):
     assert th.equal((harmful_distance(*batch) > 0)[moving], partition(*batch).kill[moving])
 
 
+def test_distance_without_an_advantage_is_that_of_a_gain():
+    distance = harmful_distance(th.tensor([1.5, 0.5, 0.5]), th.tensor([0.0, 0.0, -1.0]), 0.25)
+    assert distance.tolist() == [0.25, -0.75, 0.25]
+
+
 @given(batches())
 def test_theorem_1_equal_gradients(batch):
     """Per-sample gradients of the KL form equal the closed form and those of the clipped objective."""
@@ -119,10 +124,19 @@ def test_theorem_2_equal_values(batch):
     penalty = weight_space_penalty(ratio, advantages, clip_range)
     assert (penalty >= 0).all()
     assert (penalty[~partition(ratio, advantages, clip_range).kill] == 0).all()
-    old = th.zeros_like(ratio)
-    dual = weight_space_loss(ratio.log(), old, advantages, clip_range)
+    old = th.linspace(-2, 1, len(ratio), dtype=th.float64)
+    dual = weight_space_loss(old + ratio.log(), old, advantages, clip_range)
     scale = (ratio * advantages).abs().max().item() + 1
-    assert dual.item() == pytest.approx(clip_loss(ratio.log(), old, advantages, clip_range).item(), abs=1e-12 * scale)
+    assert dual.item() == pytest.approx(clip_loss(old + ratio.log(), old, advantages, clip_range).item(), abs=1e-12 * scale)
+
+
+def test_the_clip_range_is_ppos_by_default():
+    log_prob, old, advantages, _ = token_batch()
+    for loss in (clip_loss, weight_space_loss, per_sample_kl_loss):
+        assert th.equal(loss(log_prob, old, advantages), loss(log_prob, old, advantages, clip_range=0.2))
+    ratio = (log_prob - old).exp()
+    for function in (clip_objective, weight_space_penalty):
+        assert th.equal(function(ratio, advantages), function(ratio, advantages, 0.2))
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 33, 60, 64, 100])
@@ -401,6 +415,10 @@ def test_unreduced_losses():
     assert losses.shape == log_prob.shape
     assert (losses[~mask] == 0).all()
     th.testing.assert_close(losses.sum() / mask.sum(), per_sample_kl_loss(log_prob, old, advantages, mask=mask))
+    whole = per_sample_kl_loss(log_prob, old, advantages, reduction="none")
+    assert th.equal(whole[mask], losses[mask])
+    assert (whole[~mask] != 0).all()
+    th.testing.assert_close(per_sample_kl_loss(log_prob, old, advantages, reduction="sequence_mean"), whole.mean())
     with pytest.raises(ValueError, match=r"reduction='men'.*Did you mean 'mean'"):
         per_sample_kl_loss(log_prob, old, advantages, reduction="men")
     with pytest.raises(ValueError, match="sequence_mean"):
