@@ -466,6 +466,13 @@ def test_sampled_estimates_are_a_coefficient_of_the_score(estimator):
     th.testing.assert_close(th.autograd.grad(loss, log_prob)[0], -(ratio * advantages + beta) / 40)
 
 
+def test_a_weight_on_the_analytic_divergence_is_no_coefficient_of_the_score():
+    ratio, advantages, removal = th.tensor([0.5, 1.5]), th.tensor([1.0, 2.0]), th.tensor([0.0, 1.0])
+    expected = per_sample_beta(ratio, advantages, removal)
+    assert expected.tolist() == [0.0, -3.0]
+    assert th.equal(per_sample_beta(ratio, advantages, removal, th.tensor(7.0), "analytic"), expected)
+
+
 @pytest.mark.parametrize("kind", [GaussianPolicy, CategoricalPolicy])
 def test_adaptive_follows_an_independent_ppo_kl(kind):
     """Four updates of four steps on frozen batches, β adapted after each, against PPO-KL written down plainly."""
