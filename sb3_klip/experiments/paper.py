@@ -27,8 +27,8 @@ PEAK_KILL_FRACTION = {
 #: Score at the learning rate 1e-3 as a share of that at 3e-4, on MuJoCo: 0.9, 6.6 and 54.5 % are lost (ANO, arXiv 2605.02320).
 ROBUSTNESS = {"redescending": 0.991, "quadratic": 0.934, "step": 0.455}
 
-#: Returns of Tianshou's PPO after one million steps: thu-ml/tianshou, examples/mujoco/README.md; version 3 of the tasks, ten
-#: seeds, the largest mean of their deterministic evaluations.
+#: Returns of Tianshou's PPO in one million steps: thu-ml/tianshou, examples/mujoco/README.md; version 3 of the tasks, ten
+#: seeds, the largest mean of their evaluations, which sample actions (``mujoco_ppo.py`` does not set ``deterministic_eval``).
 TIANSHOU = {
     "Hopper-v4": "2609 ± 701",
     "HalfCheetah-v4": "5784 ± 1244",
