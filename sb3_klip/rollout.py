@@ -1,7 +1,6 @@
 """The minibatches of a rollout, each with the indices of its samples, and the time step of each sample in its episode."""
 
 import copy
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -222,21 +221,45 @@ def _observed_minibatches(buffer: RolloutBuffer, batch_size: int | None) -> Iter
     if not hasattr(buffer, "_get_samples"):
         yield from ((samples, None) for samples in buffer.get(batch_size))
         return
-    taken: deque[np.ndarray] = deque()
+    taken: list[tuple[Any, Any]] = []
     get_samples, users = buffer._get_samples, vars(buffer).get("_get_samples")
 
-    def recording(batch_inds: np.ndarray, *args: Any, **kwargs: Any) -> Any:
-        taken.append(batch_inds)
-        return get_samples(batch_inds, *args, **kwargs)
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        samples = get_samples(*args, **kwargs)
+        taken.append((samples, args[0] if args else next(iter(kwargs.values()), None)))
+        return samples
 
     buffer._get_samples = recording  # type: ignore[method-assign]
     try:
         for samples in buffer.get(batch_size):
-            yield samples, th.from_numpy(taken.popleft()) if taken else None
+            yield samples, _places(buffer, taken, samples)
     finally:
         del buffer._get_samples
         if users is not None:
             buffer._get_samples = users  # type: ignore[method-assign]
+
+
+def _places(buffer: Any, taken: list[tuple[Any, Any]], samples: Any) -> th.Tensor | None:
+    """
+    The places of samples in the flattened rollout.
+
+    :param buffer: any rollout buffer
+    :param taken: what it has made so far, and of which indices: arrays, lists, slices, masks; what is found is removed
+    :param samples: what it has handed out: as they were made, or with some tensors replaced, or else in the same order
+    :return: None if only the buffer knows
+    """
+    if not taken:
+        return None
+
+    def tensors(made: Any) -> set[int]:
+        return {id(value) for value in made if isinstance(value, th.Tensor)} if isinstance(made, tuple) else set()
+
+    own = tensors(samples)
+    _, indices = taken.pop(next((number for number, (made, _) in enumerate(taken) if own & tensors(made)), 0))
+    try:
+        return th.from_numpy(np.array(np.arange(buffer.buffer_size * buffer.n_envs)[indices]))
+    except Exception:  # whatever a buffer has for an index, or for its size
+        return None
 
 
 def episode_positions(episode_starts: np.ndarray, carried: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -90,3 +90,42 @@ def test_minibatches_of_a_size_of_numpy(kind):
         train(algorithm, "MlpPolicy", pendulum, 128, **{**FAST, "batch_size": kind(24)})[0] for algorithm in (KLipPPO, PPO)
     )
     assert_identical(ours, theirs)
+
+
+@pytest.mark.parametrize("beta", ["step", "position"])
+@pytest.mark.parametrize(
+    "taken",
+    [np.ndarray.tolist, th.from_numpy, lambda places: places[::-1], lambda places: slice(places.min(), places.min() + 8)],
+    ids=["list", "tensor", "reversed", "slice"],
+)
+def test_a_buffer_may_take_its_samples_by_any_index(beta, taken):
+    class OwnBuffer(RolloutBuffer):
+        def get(self, batch_size=None):
+            next(iter(super().get(batch_size)))  # brings the arrays into their order
+            for places in np.random.permutation(self.buffer_size * self.n_envs).reshape(-1, batch_size):
+                yield self._get_samples(batch_inds=taken(places)) if beta == "step" else self._get_samples(taken(places))
+
+    def trained(algorithm, **kwargs):
+        return train(algorithm, "MlpPolicy", pendulum, 128, **FAST, rollout_buffer_class=OwnBuffer, **kwargs)[0]
+
+    if beta == "step":
+        assert_identical(trained(KLipPPO), trained(PPO))
+        return
+    model = trained(KLipPPO, beta=beta)
+    (samples, places), *_ = indexed_minibatches(model.rollout_buffer, 32)
+    assert th.equal(samples.returns, th.as_tensor(model.rollout_buffer.returns).flatten()[places])
+
+
+def test_an_index_that_only_the_buffer_understands():
+    class OwnBuffer(RolloutBuffer):
+        def get(self, batch_size=None):
+            next(iter(super().get(batch_size)))
+            yield self._get_samples("the first")
+
+        def _get_samples(self, batch_inds, env=None):
+            return super()._get_samples(np.arange(8) if isinstance(batch_inds, str) else batch_inds, env)
+
+    ours, theirs = (
+        train(algorithm, "MlpPolicy", pendulum, 128, **FAST, rollout_buffer_class=OwnBuffer)[0] for algorithm in (KLipPPO, PPO)
+    )
+    assert_identical(ours, theirs)
