@@ -67,7 +67,8 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
             warnings.warn(f"device={str(device)!r}: torch finds no GPU, so the model is on the CPU", stacklevel=3)
         self.compile, self.reuse = compile, reuse
         aliases = self.policy_aliases
-        if isinstance(policy, str) and policy not in aliases:
+        own_way = not type(self)._get_policy_from_name.__module__.startswith("stable_baselines3.")
+        if isinstance(policy, str) and policy not in aliases and not own_way:
             raise ValueError(f"policy={policy!r} must be one of {', '.join(aliases)}.{did_you_mean(policy, aliases)}")
         if isinstance(policy, type) and not issubclass(policy, policy_base):
             names = ", ".join(aliases)
@@ -89,7 +90,7 @@ class KLipAlgorithm(Checkpoints, SampleReuse):
         try:
             return super().learn(*args, **kwargs)
         except BaseException:
-            for callback in [] if self._callback is None else callbacks_of(self._callback):
+            for callback in [] if self._learn_callback is None else callbacks_of(self._learn_callback):
                 if isinstance(callback, ProgressBarCallback) and hasattr(callback, "pbar"):
                     callback.pbar.close()
             raise

@@ -202,3 +202,26 @@ def test_whatever_ends_training_closes_the_progress_bar(error):
     with pytest.raises(error):
         KLipPPO("MlpPolicy", cartpole(), **FAST).learn(64, callback=[bar, ConvertCallback(fail)])
     assert not bar.pbar._prog.live.is_started
+
+
+def test_a_subclass_may_have_names_of_policies_of_its_own():
+    class Named(KLipPPO):
+        def _get_policy_from_name(self, policy_name):
+            return ActorCriticPolicy if policy_name == "Mine" else super()._get_policy_from_name(policy_name)
+
+    assert type(Named("Mine", cartpole(), **FAST).policy) is ActorCriticPolicy
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_attributes_of_a_subclass_that_others_have_too(reuse):
+    names = ("_pool", "_callback", "_loss", "_value_loss", "_actions", "_boundary", "_normalize_advantages", "_env", "_policy")
+
+    class Named(KLipPPO):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for name in names:
+                setattr(self, name, 5)
+
+    model = Named("MlpPolicy", cartpole(), seed=0, **FAST, reuse=reuse).learn(128)
+    assert {getattr(model, name) for name in names} == {5}
+    assert_identical(model, KLipPPO("MlpPolicy", cartpole(), seed=0, **FAST, reuse=reuse).learn(128))

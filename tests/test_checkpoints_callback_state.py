@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -251,7 +252,7 @@ def test_evaluations_and_the_best_model_go_on(tmp_path: Path) -> None:
     fresh = [evaluation(tmp_path), EveryNTimesteps(50, sb3_callbacks.CheckpointCallback(1, str(tmp_path / "other")))]
     path = tmp_path / "rl_model_192_steps.zip"
     second = resumed(path)
-    remembered = second._resuming["callbacks"]  # as the file has it
+    remembered = second._resuming_from["callbacks"]  # as the file has it
     assert [each["type"] for each in remembered][:3] == ["CallbackList", "EvalCallback", "StopTrainingOnNoModelImprovement"]
     second.learn(320, callback=[*fresh, ResumableCheckpointCallback(64, str(tmp_path)), KillAt(-1)])
     with np.load(tmp_path / "evaluations.npz") as saved:
@@ -411,3 +412,15 @@ def test_another_processor_or_device_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.warns(UserWarning, match=r"processor Another Processor 3000 then, .* now.*on a GPU, and there is none now"):
         learner = resumed(tmp_path / "elsewhere.zip")
     assert learner.learn(128).num_timesteps == 128
+
+
+@pytest.mark.parametrize(
+    "value",
+    [th.eye(3).to_sparse(), th.nn.UninitializedParameter(), mock.Mock(spec=dict), mock.Mock(spec=list), [0] * 2000],
+    ids=["sparse", "lazy", "a mock of a dict", "a mock of a list", "a long list"],
+)
+def test_what_a_callback_may_hold(value: Any) -> None:
+    callback = sb3_callbacks.ConvertCallback(lambda locals_, globals_: True)
+    callback.held, callback.other = value, sb3_callbacks.StopTrainingOnMaxEpisodes(1000)  # type: ignore[attr-defined]
+    assert len(callbacks_of(callback)) == 2
+    assert model().learn(64, callback=callback).num_timesteps == 64

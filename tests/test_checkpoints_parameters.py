@@ -6,6 +6,7 @@ import pytest
 import torch as th
 from checkpoint_files import BASES, VARIANTS, assert_predicts_alike, content, edited, load, members, small, task, trained
 from helpers import assert_identical, collected, state_tensors
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_klip import KLipPPO
 
@@ -98,3 +99,39 @@ def test_parameters_of_a_policy_that_was_compiled_and_is_another():
         model.set_parameters(parameters)
     assert "_orig_mod" not in str(caught.value)
     assert all(th.equal(tensor, before[key]) for key, tensor in state_tensors(model).items())
+
+
+class OneMomentPerTensor(th.optim.Optimizer):
+    """An optimizer of a user's own, whose second moment is a number."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                state = self.state[parameter]
+                state["exp_avg_sq"] = parameter.grad.square().mean() + 0.9 * state.get("exp_avg_sq", 0)
+                parameter.data -= 1e-3 * parameter.grad / (state["exp_avg_sq"].sqrt() + 1e-8)
+
+
+class Renaming(ActorCriticPolicy):
+    """A policy that also loads what it called otherwise once."""
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return super().load_state_dict({key.removeprefix("old."): value for key, value in state_dict.items()}, *args, **kwargs)
+
+
+def test_an_optimizer_whose_moments_have_shapes_of_their_own(tmp_path):
+    kwargs = {"net_arch": [8], "optimizer_class": OneMomentPerTensor}
+    model = small(KLipPPO, task("box"), policy_kwargs=kwargs).learn(32)
+    model.save(tmp_path / "model")
+    assert_identical(KLipPPO.load(tmp_path / "model"), model)
+
+
+def test_a_policy_that_renames_what_it_loads():
+    model, other = (small(KLipPPO, task("box"), policy=Renaming, policy_kwargs={"net_arch": [8]}).learn(32) for _ in range(2))
+    parameters = model.get_parameters()
+    parameters["policy"] = {f"old.{key}": value + 1 for key, value in parameters["policy"].items()}
+    other.set_parameters(parameters)
+    assert all(th.equal(value, parameters["policy"][f"old.{key}"]) for key, value in other.policy.state_dict().items())

@@ -447,3 +447,22 @@ def test_killed_at_random_moments(seed: int, uninterrupted: Path, tmp_path: Path
     print(f"killed {kills} times")
     ours, theirs = (KLipPPO.load(path, device="cpu") for path in (tmp_path / "final.zip", uninterrupted))
     assert_identical(ours, theirs)
+
+
+def test_a_generator_that_cannot_be_pickled() -> None:
+    class Sequence(np.random.bit_generator.ISeedSequence):
+        def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+            return np.arange(n_words, dtype=dtype)
+
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        env = gym.make("CartPole-v1")
+        env.reset(seed=0)
+        env.unwrapped._np_random = np.random.Generator(np.random.PCG64(Sequence()))
+        models.append(algorithm("MlpPolicy", DummyVecEnv([lambda env=env: env]), **{**SMALL, "seed": None}))  # type: ignore
+    models[0].set_parameters(models[1].get_parameters())
+    for model in models:
+        th.manual_seed(0)
+        np.random.seed(0)
+        model.learn(2 * STEPS)
+    assert_identical(*models)

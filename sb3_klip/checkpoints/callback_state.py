@@ -23,6 +23,8 @@ _GIVEN = ("model", "logger", "locals", "globals", "parent", "training_env")
 
 #: Size of what is large, in bytes; each element of a collection counts as 50, and takes as long.
 _LARGE = 1_000_000
+#: Length of the longest collection that is looked through for callbacks.
+_MOST_CALLBACKS = 1_000
 
 #: What every callback counts.
 _COUNTERS = ("n_calls", "num_timesteps")
@@ -41,13 +43,22 @@ def callbacks_of(callback: BaseCallback) -> list[BaseCallback]:
         if id(each) not in found:
             found[id(each)] = each
             for value in [each.callbacks] if isinstance(each, CallbackList) else vars(each).values():
-                held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-                for child in held:
+                for child in _members(value):
                     if isinstance(child, BaseCallback) and child is not each.parent:
                         visit(child)
 
     visit(callback)
     return list(found.values())
+
+
+def _members(value: Any) -> list[Any]:
+    """What an attribute holds that may be a callback; not of collections that are too large to be made of callbacks."""
+    try:
+        if isinstance(value, (dict, list, tuple)):
+            return [] if len(value) > _MOST_CALLBACKS else list(value.values() if isinstance(value, dict) else value)
+    except Exception:  # of a class of its own, or changed by another thread
+        return []
+    return [value]
 
 
 def plain_state(callback: BaseCallback) -> dict[str, Any]:
@@ -81,12 +92,15 @@ def _is_large(value: Any) -> bool:
     while values and left > 0:
         each = values.pop()
         if isinstance(each, (list, tuple, set, frozenset, deque, dict)):
-            left -= 50 * len(each)
-            if left > 0:
-                with contextlib.suppress(RuntimeError):  # another thread changes it
+            with contextlib.suppress(Exception):  # another thread changes it, or it is of a class of its own
+                left -= 50 * len(each)
+                if left > 0:
                     values += [*each, *each.values()] if isinstance(each, dict) else each
-        elif isinstance(each, (np.ndarray, th.Tensor)):
+        elif isinstance(each, np.ndarray):
             left -= each.nbytes
+        elif isinstance(each, th.Tensor):
+            with contextlib.suppress(Exception):  # of a lazy parameter
+                left -= each.numel() * each.element_size()  # a sparse one has no nbytes
         elif isinstance(each, (str, bytes)):
             left -= len(each)
     return left <= 0
@@ -106,7 +120,7 @@ def _digest(value: Any) -> bytes:
 def _is_plain(value: Any) -> bool:
     try:
         return _consists_of_plain(value)
-    except RuntimeError:  # it holds itself, is nested too deeply, or is changed by another thread
+    except Exception:  # it holds itself, is nested too deeply, changed by another thread, or of a class of its own
         return False
 
 

@@ -32,13 +32,13 @@ class Checkpoints(OnPolicyAlgorithm):
     # The coefficient, see sb3_klip.algorithm.
     beta: Any
     # The last moment between two rollouts, if that is now; see sb3_klip.checkpoints.resuming.
-    _boundary: Boundary | None = None
+    _rollout_boundary: Boundary | None = None
     # What is to be called at such moments.
     _at_boundaries: tuple[Callable[[], None], ...] = ()
     # What a resumed run goes on with when learning begins, in a model that was loaded with resume=True.
-    _resuming: dict[str, Any] | None = None
+    _resuming_from: dict[str, Any] | None = None
     # The callbacks of the running call of learn, and of what their data was when it began.
-    _callback: BaseCallback | None = None
+    _learn_callback: BaseCallback | None = None
     _fingerprints: dict[int, dict[str, bytes]] | None = None
     # Of sb3_klip.reuse, which this is mixed with.
     forget_rollouts: Callable[[], None]
@@ -55,7 +55,7 @@ class Checkpoints(OnPolicyAlgorithm):
         It is possible if no steps were collected since the last update: from the end of ``train`` to ``on_rollout_start``, and
         after ``learn``, as long as nobody has stepped the environments in between.
         """
-        return self._boundary is not None and self._boundary.is_now(self)
+        return self._rollout_boundary is not None and self._rollout_boundary.is_now(self)
 
     def at_rollout_boundaries(self, function: Callable[[], None]) -> None:
         """
@@ -67,18 +67,18 @@ class Checkpoints(OnPolicyAlgorithm):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         """Collect a rollout, as the base class does; a run that is resumed goes on with its random generators here."""
-        if self._resuming is not None:
-            warn_of_beginning_anew(self._callback, self._resuming["restored"])
-            set_generators(self._resuming["generators"])
-            self._resuming = None
+        if self._resuming_from is not None:
+            warn_of_beginning_anew(self._learn_callback, self._resuming_from["restored"])
+            set_generators(self._resuming_from["generators"])
+            self._resuming_from = None
         # Before gSDE draws its noise, so that a checkpoint from on_rollout_start draws the same again.
-        self._boundary = Boundary.now(self, read_generators())
+        self._rollout_boundary = Boundary.now(self, read_generators())
         for function in self._at_boundaries:
             function()
         try:
             return super().collect_rollouts(*args, **kwargs)
         except BaseException:  # Ctrl-C inside an environment leaves it in the middle of a step
-            self._boundary = None
+            self._rollout_boundary = None
             raise
 
     def train(self) -> None:
@@ -88,9 +88,9 @@ class Checkpoints(OnPolicyAlgorithm):
         :raises ValueError: if an advantage is NaN or infinite, or the learning rate is NaN; or if a gradient is NaN or
             infinite, and then the policy is reset to its parameters before the update
         """
-        self._boundary = None
+        self._rollout_boundary = None
         super().train()
-        self._boundary = Boundary.now(self)
+        self._rollout_boundary = Boundary.now(self)
         if self.num_timesteps >= self._total_timesteps:
             for function in self._at_boundaries:
                 function()
@@ -104,7 +104,7 @@ class Checkpoints(OnPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> Any:
         self._at_boundaries = ()
-        resuming = self._resuming
+        resuming = self._resuming_from
         if resuming is None:
             if reset_num_timesteps:
                 self.forget_rollouts()
@@ -115,7 +115,7 @@ class Checkpoints(OnPolicyAlgorithm):
         total_timesteps, callback = super()._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        self._callback, self._fingerprints = callback, fingerprints(callback)
+        self._learn_callback, self._fingerprints = callback, fingerprints(callback)
         if resuming is not None:
             continue_callbacks(callback, resuming["callbacks"], self.num_timesteps // self.n_envs)
             resuming["restored"] = fingerprints(callback)
@@ -145,14 +145,15 @@ class Checkpoints(OnPolicyAlgorithm):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy does not take the callbacks of the running call of learn along, which may well not be copied, or pickled.
-        of_the_call = ("_callback", "_fingerprints", "_at_boundaries")
+        of_the_call = ("_learn_callback", "_fingerprints", "_at_boundaries")
         return {name: value for name, value in vars(self).items() if name not in of_the_call}
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _excluded_save_params(self) -> list[str]:
-        private = ["_boundary", "_at_boundaries", "_resuming", "_callback", "_fingerprints", "_beta", "update_beta"]
-        return [*super()._excluded_save_params(), *private, "_kept_rollouts", "_pool", "_time_limits"]
+        own = ("_beta", "update_beta", "_kept_rollouts", "_replay_pool", "_time_limits")
+        of_learning = ("_rollout_boundary", "_at_boundaries", "_resuming_from", "_learn_callback", "_fingerprints")
+        return [*super()._excluded_save_params(), *own, *of_learning]
 
     def save(
         self,
@@ -267,7 +268,7 @@ class Checkpoints(OnPolicyAlgorithm):
                 stacklevel=2,
             )
         if state is not None:
-            model._resuming = restore_state(model, state, {*arguments.given, *arguments.kwargs})
+            model._resuming_from = restore_state(model, state, {*arguments.given, *arguments.kwargs})
         return model
 
     def set_parameters(self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: Any = "auto") -> None:

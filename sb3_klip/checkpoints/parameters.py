@@ -58,6 +58,8 @@ def check_parameters(parameters: Mapping[str, Any], policy: th.nn.Module, name: 
 
 def _loaded_in_their_own_way(policy: th.nn.Module) -> tuple[str, ...]:
     """Beginnings of the names of what modules load that may rename or add parameters: torch says what does not fit there."""
+    if type(policy).load_state_dict is not th.nn.Module.load_state_dict:
+        return ("",)
     return tuple(
         f"{name}." if name else ""
         for name, module in policy.named_modules(remove_duplicate=False)  # a shared extractor has three names
@@ -69,6 +71,7 @@ def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
     """Problems with the state of an optimizer, whose ``load_state_dict`` looks at none of the shapes."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
         return []  # Stable-Baselines3 refuses what is no optimizer's state
+    torchs_own = type(policy.optimizer).__module__.startswith(("torch.", "stable_baselines3."))
     own = [parameter for group in policy.optimizer.param_groups for parameter in group["params"]]
     given = [index for group in state["param_groups"] for index in group["params"]]
     if len(given) != len(own):
@@ -76,7 +79,7 @@ def _moments_that_do_not_fit(state: Any, policy: Any) -> list[str]:
     return [
         f"the optimizer's {key} of tensor {index} is {tuple(value.shape)} and should be {tuple(parameter.shape)}"
         for index, parameter in zip(given, own, strict=True)
-        if not is_lazy(parameter)
+        if torchs_own and not is_lazy(parameter)
         for key, value in state["state"].get(index, {}).items()
         if key in _LIKE_PARAMETER and value.shape != parameter.shape
     ]

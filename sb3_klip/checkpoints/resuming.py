@@ -6,6 +6,7 @@ beside the model, every random generator, the environments in the middle of thei
 observations. All of that has one well-defined value between two rollouts, which is when it is read and put back.
 """
 
+import contextlib
 import pickle
 import warnings
 from collections.abc import Collection
@@ -75,11 +76,11 @@ def _traces(env: VecEnv | None) -> dict[Any, np.ndarray]:
     if not isinstance(base, DummyVecEnv) or not vars(base).keys() >= {"envs", "buf_obs"}:  # or one with its own way to step
         return {}
     generators = [getattr(each.unwrapped, "_np_random", None) for each in base.envs]
-    drawn = {
-        number: np.frombuffer(pickle.dumps(generator), dtype=np.uint8)
-        for number, generator in enumerate(generators)
-        if isinstance(generator, np.random.Generator)
-    }
+    drawn = {}
+    for number, generator in enumerate(generators):
+        if isinstance(generator, np.random.Generator):
+            with contextlib.suppress(Exception):  # seeded by something of a local class, say
+                drawn[number] = np.frombuffer(pickle.dumps(generator), dtype=np.uint8)
     return {**{key: array.copy() for key, array in base.buf_obs.items()}, **drawn}
 
 
@@ -103,7 +104,7 @@ def read_state(model: Any) -> bytes:
     :raises ValueError: if the model is in the middle of a rollout or of an update, or has not begun to learn, or the
         environments have been stepped by others
     """
-    boundary: Boundary | None = model._boundary
+    boundary: Boundary | None = model._rollout_boundary
     if boundary is None or not boundary.is_now(model):
         stepped = boundary is not None and boundary.num_timesteps == model.num_timesteps
         raise ValueError(
@@ -121,7 +122,7 @@ def read_state(model: Any) -> bytes:
         "buffer": {name: getattr(model.rollout_buffer, name) for name in _BUFFER_STATE if hasattr(model.rollout_buffer, name)},
         "lr_schedule": _packed(model.lr_schedule),
         "env": EnvState.read(model.env)._asdict(),
-        "callbacks": [] if model._callback is None else remembered(model._callback, model._fingerprints),
+        "callbacks": [] if model._learn_callback is None else remembered(model._learn_callback, model._fingerprints),
         "logged": _logged(model._logger),
     }
     return cloudpickle.dumps(state)
