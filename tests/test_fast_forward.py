@@ -320,3 +320,21 @@ def test_parts_of_the_policy_that_were_replaced(change: Callable[[Any], None]) -
     ours, theirs = trained(KLipPPO), trained(PPO)
     assert_identical(ours, theirs)
     np.testing.assert_array_equal(ours.rollout_buffer.log_probs, theirs.rollout_buffer.log_probs)
+
+
+class Double(th.nn.Module):
+    def forward(self, values: th.Tensor) -> th.Tensor:
+        return values.double()
+
+
+def test_a_policy_in_double_precision() -> None:
+    def trained(algorithm: Any) -> Any:
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL)
+        extractor = model.policy.mlp_extractor
+        for name in ("policy_net", "value_net"):
+            setattr(extractor, name, th.nn.Sequential(Double(), *getattr(extractor, name)))
+        model.policy.double()
+        model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
+        return model.learn(200)
+
+    assert_identical(trained(KLipPPO), trained(PPO))

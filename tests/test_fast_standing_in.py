@@ -15,12 +15,13 @@ from stable_baselines3.common import distributions
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, dummy_vec_env
 from torch import nn
 from torch.distributions import Normal, normal
 
 from sb3_klip import KLipPPO
+from sb3_klip.fast import graph
 from sb3_klip.fast.standing_in import StandIn, is_patched, is_replaced, standing_in
 
 
@@ -59,8 +60,11 @@ def test_it_is_called_while_it_is_wanted() -> None:
 def test_copies_have_the_method() -> None:
     counter = Counter()
     with standing_in([Ten(counter)]):
-        copies = [copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))]
+        copies = [copy.copy(counter), copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))]
+        assert counter.count() == 10
+    assert vars(counter) == {"number": 1}
     for twin in copies:
+        assert vars(twin) == {"number": 1}
         twin.number = 2
         assert twin.count() == 2
         assert not is_replaced(twin, "count")
@@ -110,9 +114,10 @@ PATCHED = [
     *((MlpExtractor, name) for name in ("forward", "forward_actor")),
     *((DiagGaussianDistribution, name) for name in ("sample", "log_prob")),
     *((Normal, name) for name in ("rsample", "log_prob")),
+    *((Normal, "entropy"), (nn.functional, "mse_loss"), (th.Tensor, "backward"), (th.autograd, "backward")),
     *((distributions, "sum_independent_dims"), (normal, "_standard_normal"), (dummy_vec_env, "deepcopy")),
-    (nn.Module, "__call__"),
-    *((nn.Linear, "forward"), (nn.Tanh, "forward")),
+    *((nn.Module, "__call__"), (nn.Linear, "__call__")),
+    *((each, "forward") for each in (nn.Linear, nn.Tanh, nn.Sequential, FlattenExtractor)),
     *((DummyVecEnv, name) for name in ("step_wait", "_save_obs")),
     *((RolloutBuffer, name) for name in ("add", "get", "_get_samples")),
     *((th.optim.Adam, "step"), (nn.utils, "clip_grad_norm_")),
@@ -120,7 +125,10 @@ PATCHED = [
 
 
 @pytest.mark.parametrize(("owner", "name"), PATCHED)
-def test_what_is_patched_in_its_class_is_called_as_often_as_by_ppo(owner: Any, name: str) -> None:
+def test_what_is_patched_in_its_class_is_called_as_often_as_by_ppo(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "WARM_UP", 0)
     original = getattr(owner, name)
     calls: list[int] = []
 

@@ -32,7 +32,7 @@ _FUNCTIONS: dict[Any, tuple[str, ...]] = {
     policies: ("preprocess_obs",),
     nn.Module: ("__call__", "_call_impl"),
     MlpExtractor: _EXTRACTOR_METHODS,
-    **dict.fromkeys((FlattenExtractor, Flatten, Sequential, Linear, Tanh), ("forward",)),
+    **dict.fromkeys((FlattenExtractor, Flatten, Sequential, Linear, Tanh), ("__call__", "forward")),
     **dict.fromkeys((DiagGaussianDistribution, CategoricalDistribution), _DISTRIBUTION_METHODS),
     sb3_distributions: ("sum_independent_dims",),
     Distribution: ("__init__",),
@@ -175,12 +175,12 @@ def _gaussian(
     noise, centre = th.empty_like(mean).normal_().numpy(), mean.numpy()
     actions = centre + noise * std
     distance = actions - centre
-    log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI
+    log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI  # of the precision of the others
     _check_action(np.isfinite(log_prob), "log-probability", log_prob)
     return actions, th.from_numpy(log_prob).sum(dim=1)
 
 
-_LOG_SQRT_2_PI = np.float32(math.log(math.sqrt(2 * math.pi)))
+_LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 
 
 def _categorical(logits: th.Tensor) -> tuple[th.Tensor, th.Tensor, Categorical]:

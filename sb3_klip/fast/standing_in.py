@@ -16,7 +16,7 @@ class StandIn:
     """
     A function that is called in place of a method, and has the same result.
 
-    If the owner is copied or pickled meanwhile, the copy has the method itself.
+    If it is copied or pickled, the copy is the method itself.
 
     :param owner: the object whose method it replaces
     """
@@ -35,6 +35,20 @@ class StandIn:
         return getattr, (self.owner, self.method)  # as methods are pickled; the copy has no attribute of that name yet
 
 
+class _GetState:
+    """``__getstate__`` of an object with stand-ins: its copies, shallow ones too, and its pickles have none."""
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+
+    def __call__(self) -> Any:
+        of_class = getattr(type(self.owner), "__getstate__", vars)  # before Python 3.11, object has none
+        state = of_class(self.owner)
+        if not isinstance(state, dict):
+            return state
+        return {name: value for name, value in state.items() if not isinstance(value, (StandIn, _GetState))}
+
+
 @contextmanager
 def standing_in(functions: Sequence[StandIn]) -> Iterator[None]:
     """
@@ -42,14 +56,16 @@ def standing_in(functions: Sequence[StandIn]) -> Iterator[None]:
 
     :param functions: the functions; what somebody puts in their place in the meantime stays
     """
-    for function in functions:
-        setattr(function.owner, function.method, function)
+    attributes: list[tuple[Any, str, Any]] = [(function.owner, function.method, function) for function in functions]
+    attributes += [(function.owner, "__getstate__", _GetState(function.owner)) for function in functions]
+    for owner, name, value in attributes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for function in functions:
-            if vars(function.owner).get(function.method) is function:
-                delattr(function.owner, function.method)
+        for owner, name, value in attributes:
+            if vars(owner).get(name) is value:
+                delattr(owner, name)
 
 
 def is_replaced(owner: Any, *methods: str) -> bool:
