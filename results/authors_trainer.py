@@ -58,13 +58,13 @@ class AuthorsPPO(KLipPPO):
             self.rollout_buffer.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         super().train()
 
-    def _loss(self, rollout_data: Any, *args: Any) -> Any:
+    def _minibatch_loss(self, rollout_data: Any, *args: Any) -> Any:
         self._old_values = rollout_data.old_values
-        return super()._loss(rollout_data, *args)
+        return super()._minibatch_loss(rollout_data, *args)
 
-    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    def _value_function_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         if not self.larger_value_loss:
-            return super()._value_loss(returns, values, mask)
+            return super()._value_function_loss(returns, values, mask)
         clipped = self._old_values + (values - self._old_values).clamp(-0.2, 0.2)
         return 0.5 * th.max((values - returns).square(), (clipped - returns).square()).mean()
 

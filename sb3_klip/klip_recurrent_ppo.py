@@ -107,7 +107,7 @@ class KLipRecurrentPPO(KLipAlgorithm, RecurrentPPO):
     def _valid_steps(self, rollout_data: Any) -> th.Tensor:
         return rollout_data.mask > 1e-8
 
-    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    def _value_function_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         # Written as in RecurrentPPO: F.mse_loss rounds differently.
         return masked_mean((returns - values) ** 2, mask)
 

@@ -85,7 +85,7 @@ class SampleReuse(PerSampleKLTraining):
     # While a rollout is collected: for each step, where a time limit ended an episode, and the last observation.
     _time_limits: list[list[tuple[int, Any]]] | None = None
     # While the policy is updated.
-    _pool: Pool | None = None
+    _replay_pool: Pool | None = None
     # What the schedule's learning rate is multiplied by.
     _learning_rate_scale: float = 1.0
     # Of the PPO that this is mixed into.
@@ -189,12 +189,12 @@ class SampleReuse(PerSampleKLTraining):
             super().train()
             return
         current = self.rollout_buffer
-        self._pool = self._pooled()
-        self.rollout_buffer = self._pool.buffer
+        self._replay_pool = self._pooled()
+        self.rollout_buffer = self._replay_pool.buffer
         try:
             super().train()
         finally:
-            self.rollout_buffer, self._pool = current, None
+            self.rollout_buffer, self._replay_pool = current, None
             # What the next update will need beside the next rollout.
             self._kept_rollouts = self._kept_rollouts[: len(weights_by_age(self.reuse)) - 1]
 
@@ -258,17 +258,17 @@ class SampleReuse(PerSampleKLTraining):
 
     def _begin_update(self) -> Update:
         update = super()._begin_update()
-        return update if self._pool is None else update._replace(replayed=self._pool.replayed)
+        return update if self._replay_pool is None else update._replace(replayed=self._replay_pool.replayed)
 
     def _present_clip_range(self) -> float:
         clip_range = super()._present_clip_range()
-        return clip_range if self._pool is None else reduced_clip_range(clip_range, self._pool.weights)
+        return clip_range if self._replay_pool is None else reduced_clip_range(clip_range, self._replay_pool.weights)
 
     def _positions(self) -> th.Tensor:
-        return super()._positions() if self._pool is None else self._pool.positions
+        return super()._positions() if self._replay_pool is None else self._replay_pool.positions
 
     def _ages(self) -> th.Tensor:
-        return super()._ages() if self._pool is None else self._pool.ages
+        return super()._ages() if self._replay_pool is None else self._replay_pool.ages
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         super()._update_learning_rate(optimizers)
@@ -278,10 +278,10 @@ class SampleReuse(PerSampleKLTraining):
             self.logger.record("train/learning_rate", learning_rate)
 
     def _rollout_kl(self, snapshot: PolicySnapshot | None) -> float:
-        if self._pool is None or snapshot is not None:  # which is of the policy at the start of the update
+        if self._replay_pool is None or snapshot is not None:  # which is of the policy at the start of the update
             return super()._rollout_kl(snapshot)
         log_prob, old_log_prob = self._log_probs()
-        centre = self._pool.replayed.centre
+        centre = self._replay_pool.replayed.centre
         return (centre * kl_estimate("k3", log_prob, old_log_prob + centre.log())).mean().item()
 
     def _log_probs(self) -> tuple[th.Tensor, th.Tensor]:

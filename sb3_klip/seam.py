@@ -65,7 +65,7 @@ class Seam(OnPolicyAlgorithm):
     What the update asks of a variant.
 
     What differs between them is in four small methods, here as in SB3's ``PPO``: :meth:`_evaluate_actions`,
-    :meth:`_valid_steps`, :meth:`_normalize_advantages` and :meth:`_value_loss`.
+    :meth:`_valid_steps`, :meth:`_normalized_advantages` and :meth:`_value_function_loss`.
     """
 
     # Of sb3_klip.algorithm.
@@ -84,18 +84,18 @@ class Seam(OnPolicyAlgorithm):
         """Boolean mask of the samples that count; None if all do."""
         return None
 
-    def _normalize_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    def _normalized_advantages(self, advantages: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         """Advantages with mean 0 and standard deviation 1; a single sample, which has none, is left as it is."""
         valid = advantages if mask is None else advantages[mask]
         if len(valid) <= 1:
             return advantages
         return (advantages - valid.mean()) / (valid.std() + 1e-8)
 
-    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+    def _value_function_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
         """Mean squared error of the value function."""
         return F.mse_loss(returns, values)
 
-    def _actions(self, rollout_data: RolloutBufferSamples) -> th.Tensor:
+    def _taken_actions(self, rollout_data: RolloutBufferSamples) -> th.Tensor:
         """Actions as the policy takes them; the buffer holds discrete ones as floats."""
         actions = rollout_data.actions
         return actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions
@@ -125,10 +125,10 @@ class Seam(OnPolicyAlgorithm):
         with unchanged_generators(buffer):  # one of the user's own may draw from any of them, or from its own
             for rollout_data, indices in indexed_minibatches(buffer, size):
                 with th.no_grad():
-                    values, log_prob, _ = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+                    values, log_prob, _ = self._evaluate_actions(rollout_data, self._taken_actions(rollout_data))
                 mask, advantages = self._valid_steps(rollout_data), rollout_data.advantages
                 if self.normalize_advantage:
-                    advantages = self._normalize_advantages(advantages, mask)
+                    advantages = self._normalized_advantages(advantages, mask)
                 yield EvaluatedSamples(rollout_data, self._known(indices), mask, values.flatten(), log_prob, advantages)
         self.policy.set_training_mode(True)
 
@@ -145,7 +145,7 @@ class Seam(OnPolicyAlgorithm):
         snapshot, drawn = PolicySnapshot(size), th.empty(0)
         for samples in self.evaluate_rollout(at_least=512):
             snapshot.store(samples.indices, samples.mask, self.policy)
-            actions = self._actions(samples.rollout_data)
+            actions = self._taken_actions(samples.rollout_data)
             action_dist: Any = self.policy.action_dist
             if isinstance(action_dist, distributions.SquashedDiagGaussianDistribution):
                 actions = distributions.TanhBijector.inverse(actions)

@@ -98,7 +98,7 @@ class PerSampleKLTraining(Seam):
             )
         update = self._begin_update()
         log = UpdateLog(float(update.clip_range), update.coefficient.estimator)
-        tensors = (*self.policy.parameters(), *self.policy.buffers())
+        tensors = (*(each for each in self.policy.parameters() if each.requires_grad), *self.policy.buffers())
         before = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
         cause = None
         try:
@@ -174,8 +174,8 @@ class PerSampleKLTraining(Seam):
     @contextmanager
     def _computation(self, update: Update) -> Iterator[tuple[Callable[..., tuple[Any, Minibatch]], Step, bool]]:
         """
-        What computes a minibatch of this update (:meth:`_loss`, or the same in less time), what steps on its loss, and whether
-        it is given the samples of the minibatch, or those of the whole rollout.
+        What computes a minibatch of this update (:meth:`_minibatch_loss`, or the same in less time), what steps on its loss,
+        and whether it is given the samples of the minibatch, or those of the whole rollout.
         """
         if self.compile and can_be_one_step(self, update.coefficient):
             self.update_path = "compiled"
@@ -188,7 +188,7 @@ class PerSampleKLTraining(Seam):
         else:
             reason = reason_against(self) or reason_not_worth_it(self)
             self._tell_path(reason)
-            compute = self._loss if reason else graph_loss(self, update)
+            compute = self._minibatch_loss if reason else graph_loss(self, update)
         parameters = list(self.policy.parameters())
         with (
             short_sequences(self.policy),
@@ -206,13 +206,13 @@ class PerSampleKLTraining(Seam):
     def has_known_loss(self) -> bool:
         """Whether the loss is this package's, and no subclass or user has replaced a part of it."""
         parts = (
-            "_loss",
+            "_minibatch_loss",
             "_evaluate_actions",
             "_valid_steps",
-            "_normalize_advantages",
-            "_value_loss",
-            "_quantities",
-            "_actions",
+            "_normalized_advantages",
+            "_value_function_loss",
+            "_asked_quantities",
+            "_taken_actions",
         )
         return not any(name in vars(self) for name in parts) and all(
             getattr(type(self), name).__module__.startswith("sb3_klip.") for name in parts
@@ -234,19 +234,21 @@ class PerSampleKLTraining(Seam):
                 minibatch = minibatch._replace(replayed=update.replayed.at(self._known(indices)))
             log.minibatches.append(minibatch)
             if self._stops_early(epoch, update.coefficient, minibatch):
+                if isinstance(loss, Sequence):  # of a graph: the policy is to hold the distribution of the last minibatch
+                    self._evaluate_actions(rollout_data, self._taken_actions(rollout_data))
                 return False
             log.gradient_norms.append(step(loss))
         return True
 
-    def _loss(self, rollout_data: Any, indices: th.Tensor | None, update: Update) -> tuple[th.Tensor, Minibatch]:
+    def _minibatch_loss(self, rollout_data: Any, indices: th.Tensor | None, update: Update) -> tuple[th.Tensor, Minibatch]:
         """The loss of a minibatch, and what is logged of it."""
-        values, log_prob, entropy = self._evaluate_actions(rollout_data, self._actions(rollout_data))
+        values, log_prob, entropy = self._evaluate_actions(rollout_data, self._taken_actions(rollout_data))
         mask = self._valid_steps(rollout_data)
         advantages = rollout_data.advantages
         replayed = None if update.replayed is None else update.replayed.at(self._known(indices))
         if self.normalize_advantage:
             if replayed is None:
-                advantages = self._normalize_advantages(advantages, mask)
+                advantages = self._normalized_advantages(advantages, mask)
             else:
                 advantages = normalized_advantages(advantages, replayed)
 
@@ -260,7 +262,7 @@ class PerSampleKLTraining(Seam):
             update.coefficient,
             update.clip_range,
             centre=None if replayed is None else replayed.centre,
-            **self._quantities(update, indices, mask, log_prob.dtype),
+            **self._asked_quantities(update, indices, mask, log_prob.dtype),
         )
         policy_loss = mean(terms.loss)
 
@@ -269,7 +271,7 @@ class PerSampleKLTraining(Seam):
             change = th.clamp(values - rollout_data.old_values, -update.clip_range_vf, update.clip_range_vf)
             values = rollout_data.old_values + change
         if replayed is None:
-            value_loss = self._value_loss(rollout_data.returns, values, mask)
+            value_loss = self._value_function_loss(rollout_data.returns, values, mask)
         else:
             value_loss = mean(F.mse_loss(rollout_data.returns, values, reduction="none"))
 
@@ -320,7 +322,7 @@ class PerSampleKLTraining(Seam):
 
     # -- what a coefficient may ask for --------------------------------------------------------------------------------
 
-    def _quantities(
+    def _asked_quantities(
         self, update: Update, indices: th.Tensor | None, mask: th.Tensor | None, dtype: th.dtype
     ) -> dict[str, th.Tensor]:
         """What the coefficient asks to know of the samples that the policy has just evaluated."""

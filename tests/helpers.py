@@ -132,7 +132,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[Any],
     """Let KLipPPO do something else in one minibatch: the action gets the policy, and returns what to multiply the loss by."""
     from sb3_klip import KLipPPO
 
-    compute, calls = KLipPPO._loss, []
+    compute, calls = KLipPPO._minibatch_loss, []
 
     def loss(self: Any, *args: Any) -> Any:
         calls.append(None)
@@ -140,7 +140,7 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, call: int, action: Callable[[Any],
         computed, minibatch = compute(self, *args)
         return computed * factor, minibatch
 
-    monkeypatch.setattr(KLipPPO, "_loss", loss)
+    monkeypatch.setattr(KLipPPO, "_minibatch_loss", loss)
 
 
 def nothing(policy: Any) -> float:

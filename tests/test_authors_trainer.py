@@ -26,14 +26,14 @@ def test_its_value_loss_is_the_larger_one():
     returns, values = th.tensor([1.0, -1.0, 0.1, 1.0]), th.tensor([0.9, 0.9, 0.1, 0.1])
     # Clipped to 0.2, the first value errs by 0.8 and not by 0.1; the second errs by 1.9 as it is, and by 1.2 clipped.
     expected = (0.8**2 + 1.9**2 + 0.0 + 0.9**2) / 4 / 2
-    assert model._value_loss(returns, values, None).item() == pytest.approx(expected)
+    assert model._value_function_loss(returns, values, None).item() == pytest.approx(expected)
 
 
 def test_its_advantages_are_normalised_over_the_rollout():
     seen = []
     model = MADE["AuthorsPPO"](**SMALL)
-    loss = model._loss
-    model._loss = lambda data, *args: seen.append(data.advantages.clone()) or loss(data, *args)
+    loss = model._minibatch_loss
+    model._minibatch_loss = lambda data, *args: seen.append(data.advantages.clone()) or loss(data, *args)
     model.learn(64)
     first_epoch = th.cat(seen[:2])
     assert first_epoch.mean().item() == pytest.approx(0, abs=1e-6)

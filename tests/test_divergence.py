@@ -73,7 +73,7 @@ def test_what_is_logged_is_the_divergence_of_the_policy_that_acted_from_the_one_
     held = []
     with th.no_grad():
         for each in (acted, model):
-            each._evaluate_actions(data, model._actions(data))
+            each._evaluate_actions(data, model._taken_actions(data))
             held.append(parts_of(each.policy))
     kl = sum(kl_divergence(*pair).reshape(len(data.old_log_prob), -1).sum(dim=1) for pair in zip(*held, strict=True))
     error = 1e-4

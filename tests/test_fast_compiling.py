@@ -164,7 +164,7 @@ def gradients(model: KLipPPO) -> list[th.Tensor]:
     np.random.seed(0)
     data, indices = next(indexed_minibatches(model.rollout_buffer, model.batch_size))
     model.policy.zero_grad()
-    loss, _ = (compiling.compiled_loss(model) if model.compile else model._loss)(data, indices, update)
+    loss, _ = (compiling.compiled_loss(model) if model.compile else model._minibatch_loss)(data, indices, update)
     loss.backward()
     return [parameter.grad for parameter in model.policy.parameters()]
 

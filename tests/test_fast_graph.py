@@ -324,8 +324,8 @@ def test_what_cannot_be_traced_is_eager(eager: Callable[..., Any], monkeypatch: 
 class OwnLoss(KLipPPO):
     """A subclass with another value loss."""
 
-    def _value_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
-        return 2 * super()._value_loss(returns, values, mask)
+    def _value_function_loss(self, returns: th.Tensor, values: th.Tensor, mask: th.Tensor | None) -> th.Tensor:
+        return 2 * super()._value_function_loss(returns, values, mask)
 
 
 class OwnLayer(nn.Linear):
@@ -367,7 +367,7 @@ def test_reasons_in_the_policy(reason: str) -> None:
 def test_reasons_in_the_algorithm() -> None:
     assert "a part of the loss of OwnLoss was replaced" in model(OwnLoss).learn(64).update_path
     patched = model()
-    patched._value_loss = lambda *args: KLipPPO._value_loss(patched, *args)
+    patched._value_function_loss = lambda *args: KLipPPO._value_function_loss(patched, *args)
     assert "was replaced" in patched.learn(64).update_path
 
 
@@ -485,3 +485,96 @@ def test_a_weight_of_the_loss_that_changes_is_an_input() -> None:
     assert ours.update_path == "traced"
     assert len(traced(ours)) == 4  # for two sizes of minibatches, with the first weight and with any
     assert_same(ours, decaying(PPO))
+
+
+# -- what others may see ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"target_kl": 1e-4, "learning_rate": 1e-2}, {"batch_size": 24}])
+def test_the_policy_holds_the_distribution_of_the_last_minibatch(kwargs: dict[str, Any]) -> None:
+    means = []
+    for algorithm in (KLipPPO, PPO):
+        learner = model(algorithm, **kwargs).learn(STEPS)
+        means.append(learner.policy.action_dist.distribution.mean)
+    assert learner._n_updates < 6 or "target_kl" not in kwargs
+    assert means[0].equal(means[1])
+    assert means[0].requires_grad == means[1].requires_grad
+
+
+def test_a_parameter_that_the_loss_does_not_depend_on() -> None:
+    learners = []
+    for algorithm in (KLipPPO, PPO):
+        learner = model(algorithm)
+        learner.policy.spare = nn.Linear(2, 2)
+        learner.policy.optimizer = th.optim.Adam(learner.policy.parameters(), lr=1e-3)
+        learners.append(learner.learn(STEPS))
+    assert_same(*learners)
+    assert "the loss does not depend on a parameter" in learners[0].update_path
+
+
+def test_samples_that_lead_to_something_that_learns() -> None:
+    scales = []
+    for algorithm in (KLipPPO, PPO):
+        scale = nn.Parameter(th.ones(3))
+
+        class Scaled(RolloutBuffer):
+            def get(self, batch_size: int | None = None, scale: nn.Parameter = scale) -> Any:
+                for samples in super().get(batch_size):
+                    yield samples._replace(observations=samples.observations * scale)
+
+        model(algorithm, rollout_buffer_class=Scaled).learn(STEPS)
+        scales.append(scale)
+    assert scales[1].grad is not None
+    assert scales[1].grad.abs().sum() > 0
+    assert scales[0].grad is not None
+    assert scales[0].grad.equal(scales[1].grad)
+
+
+def test_a_loss_that_draws_random_numbers_where_nobody_knows(
+    eager: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison finds it out, and draws none that the training sees."""
+
+    original = th.Tensor.mean
+
+    def noisy(self: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
+        found = original(self, *args, **kwargs)
+        return found + 1e-3 * th.randn_like(found) if self.requires_grad else found
+
+    monkeypatch.setattr(th.Tensor, "mean", noisy)
+    with pytest.warns(UserWarning, match="does not give the bits of the eager one"):
+        ours = model().learn(STEPS)
+    assert_same(ours, eager(model()))
+
+
+class OwnBuffer:
+    """A buffer that derives from nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._inner = RolloutBuffer(*args, **kwargs)
+
+    def reset(self) -> None:
+        self._inner.reset()
+
+    def add(self, *args: Any) -> None:
+        self._inner.add(*args)
+
+    def compute_returns_and_advantage(self, *args: Any, **kwargs: Any) -> None:
+        self._inner.compute_returns_and_advantage(*args, **kwargs)
+
+    def get(self, batch_size: int | None = None) -> Any:
+        return self._inner.get(batch_size)
+
+    @property
+    def values(self) -> Any:
+        return self._inner.values
+
+    @property
+    def returns(self) -> Any:
+        return self._inner.returns
+
+
+def test_a_buffer_that_is_no_rollout_buffer() -> None:
+    ours, theirs = (model(algorithm, rollout_buffer_class=OwnBuffer).learn(STEPS) for algorithm in (KLipPPO, PPO))
+    assert_same(ours, theirs)
+    assert ours.update_path == "eager, as OwnBuffer is no RolloutBuffer"

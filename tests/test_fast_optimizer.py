@@ -3,6 +3,7 @@
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from helpers import assert_identical, state_tensors, train
@@ -164,7 +165,7 @@ def test_parameters_own_their_memory_afterwards() -> None:
 def test_an_error_in_the_middle_of_an_update_leaves_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = KLipPPO("MlpPolicy", "CartPole-v1", seed=0, device="cpu", **SMALL).learn(100)
     calls: list[int] = []
-    original = KLipPPO._value_loss
+    original = KLipPPO._value_function_loss
 
     def failing(*args: Any) -> th.Tensor:
         calls.append(1)
@@ -172,7 +173,7 @@ def test_an_error_in_the_middle_of_an_update_leaves_a_whole_model(monkeypatch: p
             raise RuntimeError("no more")
         return original(*args)
 
-    monkeypatch.setattr(KLipPPO, "_value_loss", failing)
+    monkeypatch.setattr(KLipPPO, "_value_function_loss", failing)
     before = model.policy.state_dict()["value_net.weight"].clone()
     with pytest.raises(RuntimeError, match="no more"):
         model.learn(100)
@@ -235,3 +236,50 @@ def test_a_norm_that_overflows_is_clipped_to_nothing() -> None:
     ours = trained(KLipPPO)
     assert_identical(ours, trained(PPO))
     assert ours._n_updates == 2 * SMALL["n_epochs"]
+
+
+def test_a_look_at_the_state_before_the_first_step(one_tensor_steps: list[int]) -> None:
+    """The state of an optimizer is a defaultdict, so that a look adds an empty state."""
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL)
+        for parameter in model.policy.parameters():
+            assert "exp_avg" not in model.policy.optimizer.state[parameter]
+        models.append(model.learn(300))
+    assert_identical(*models)
+    assert one_tensor_steps
+
+
+def test_a_learning_rate_of_numpy_in_single_precision(one_tensor_steps: list[int]) -> None:
+    """torch divides such a number in single precision."""
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        model = algorithm("MlpPolicy", "Pendulum-v1", seed=0, device="cpu", **SMALL)
+        model._update_learning_rate = lambda optimizer: None  # type: ignore[method-assign]
+        model.policy.optimizer.param_groups[0]["lr"] = np.float32(7e-4)
+        models.append(model.learn(300))
+    assert_identical(*models)
+    assert not one_tensor_steps
+
+
+def test_a_checkpoint_that_is_written_within_an_update_has_the_moments(one_tensor_steps: list[int]) -> None:
+    """As the handler of a signal may do."""
+    seen: list[list[Any]] = []
+
+    class Looking(ActorCriticPolicy):
+        def evaluate_actions(self, *args: Any, **kwargs: Any) -> Any:
+            state = self.optimizer.state_dict()["state"]
+            seen[-1].append({(i, k): value.clone() for i, each in state.items() for k, value in each.items()})
+            return super().evaluate_actions(*args, **kwargs)
+
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        seen.append([])
+        models.append(algorithm(Looking, "Pendulum-v1", seed=0, device="cpu", **SMALL).learn(300))
+    assert_identical(*models)
+    assert one_tensor_steps
+    ours, theirs = seen
+    assert len(ours) == len(theirs) > 10
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        assert all(th.equal(mine[key], value) for key, value in other.items())

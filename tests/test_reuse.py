@@ -153,7 +153,7 @@ def test_the_gradient_is_that_of_the_published_loss():
     """GePPO's clip, the value loss and the entropy, all weighted by ω, with its normalised advantages (arXiv 2111.00072)."""
     kwargs = {**FAST, "reuse": [0.5, 0.3, 0.2], "n_epochs": 2, "ent_coef": 0.01, "vf_coef": 0.7, "learning_rate": 3e-3}
     model = KLipPPO("MlpPolicy", pendulum(), seed=0, **kwargs)
-    compute, compared = model._loss, []
+    compute, compared = model._minibatch_loss, []
 
     def comparing(rollout_data, indices, update):
         loss, minibatch = compute(rollout_data, indices, update)
@@ -175,7 +175,7 @@ def test_the_gradient_is_that_of_the_published_loss():
         compared.append(omega.std().item() > 0.1 and centre.std().item() > 1e-4)
         return loss, minibatch
 
-    model._loss = comparing
+    model._minibatch_loss = comparing
     model.learn(64 * 4)
     assert sum(compared) > 10
 

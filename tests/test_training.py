@@ -390,3 +390,22 @@ def test_every_coefficient_trains_a_policy_of_double_precision(name, reuse):
     model.policy.double()
     model.learn(128)
     assert all(parameter.dtype == th.float64 and parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_are_not_copied():
+    """An extractor may hold a large network that does not learn."""
+
+    class Frozen(th.nn.Parameter):
+        def detach(self):
+            raise AssertionError("somebody makes a copy")
+
+    models = []
+    for algorithm in (KLipPPO, PPO):
+        model = algorithm("MlpPolicy", pendulum(), seed=0, **FAST)
+        model.policy.features_extractor.large = Frozen(th.zeros(5), requires_grad=False)
+        models.append(model.learn(64))
+    weights = [[p for p in model.policy.parameters() if p.requires_grad] for model in models]
+    assert all(th.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))

@@ -20,7 +20,7 @@ def compiled_loss(model: Any) -> Callable[..., Any]:
     The loss of a minibatch, compiled once for each model.
 
     :param model: an algorithm of this package, whose ``compile`` has the arguments of ``torch.compile``, or True for none
-    :return: a function of what ``model._loss`` takes, which returns the same
+    :return: a function of what ``model._minibatch_loss`` takes, which returns the same
     """
 
     def compute(*args: Any) -> Any:
@@ -29,15 +29,15 @@ def compiled_loss(model: Any) -> Callable[..., Any]:
             if model not in _COMPILED:
                 options = {} if model.compile is True else dict(model.compile)
                 # A function of its own for each model: torch compiles one function for a few models only.
-                own = types.FunctionType(_loss.__code__.replace(), _loss.__globals__)
+                own = types.FunctionType(_minibatch_loss.__code__.replace(), _minibatch_loss.__globals__)
                 _COMPILED[model] = th.compile(own, **options)
             return _COMPILED[model](model, *args)
 
     return compute
 
 
-def _loss(model: Any, *args: Any) -> Any:
-    result = model._loss(*args)
+def _minibatch_loss(model: Any, *args: Any) -> Any:
+    result = model._minibatch_loss(*args)
     # Or it would have to leave the compiled code together with its gradient, which costs time.
     model.policy.action_dist.distribution = None
     return result

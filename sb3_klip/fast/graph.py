@@ -2,8 +2,8 @@
 The loss of a minibatch and its gradient as one traced graph: a third of the eager time for a small network, at the same bits.
 
 Eager PyTorch spends three quarters of a small minibatch in Python, in the dispatcher and in autograd's bookkeeping. The graph
-holds the very operators that eager PyTorch calls for ``_loss`` of the model and its backward pass, and TorchScript runs them
-without Python and without changing any (:func:`~sb3_klip.fast.script.unoptimized_script`), so that no bit changes.
+holds the very operators that eager PyTorch calls for ``_minibatch_loss`` of the model and its backward pass, and TorchScript
+runs them without Python and without changing any (:func:`~sb3_klip.fast.script.unoptimized_script`), so that no bit changes.
 
 A graph has fixed numbers and no Python: it cannot look at data. So only models whose parts are all known use graphs
 (:func:`reason_against`). Numbers that follow a schedule are inputs of the graph, and a coefficient that may change is called
@@ -26,8 +26,11 @@ from typing import Any, TypeAlias
 
 import torch as th
 from sb3_contrib.common.maskable import policies as maskable_policies
+from stable_baselines3.common import distributions as sb3_distributions
 from stable_baselines3.common import policies, torch_layers
+from stable_baselines3.common.buffers import RolloutBuffer
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, Normal
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -54,6 +57,19 @@ KNOWN_MODULES = {
 #: Methods of policy and distribution that are called for each minibatch.
 _POLICY_METHODS = ("evaluate_actions", "extract_features", "_get_action_dist_from_latent")
 _DISTRIBUTION_METHODS = ("proba_distribution", "log_prob", "entropy")
+#: Functions that are called for each minibatch, and that a graph does without.
+_FUNCTIONS: dict[Any, tuple[str, ...]] = {
+    nn.Module: ("__call__", "_call_impl"),
+    **dict.fromkeys(KNOWN_MODULES - {nn.ModuleList, nn.ModuleDict}, ("__call__", "forward")),
+    torch_layers.MlpExtractor: ("__call__", "forward", "forward_actor", "forward_critic"),
+    nn.functional: ("relu", "elu", "leaky_relu", "silu", "mse_loss"),
+    policies: ("preprocess_obs",),
+    policies.BaseModel: ("extract_features",),
+    sb3_distributions: ("sum_independent_dims",),
+    **dict.fromkeys((Normal, Categorical, Bernoulli), ("__init__", "log_prob", "entropy")),
+    th.Tensor: ("backward",),
+    th.autograd: ("backward", "grad"),
+}
 #: Minibatches of one size that are computed eagerly before a graph is traced, which takes as long as some hundreds of them: so
 #: a short training does not pay for it.
 WARM_UP = 300
@@ -115,11 +131,18 @@ def reason_not_worth_it(model: Any) -> str:
     :param model: an algorithm of this package, with nothing against graphs
     :return: the reason, for people; empty if they would
     """
-    samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
-    batch_size = min(int(model.batch_size or samples), samples)  # NumPy's small integers would overflow
-    minibatches = model.n_epochs * math.ceil(samples / batch_size)
+    if not isinstance(model.rollout_buffer, RolloutBuffer):
+        return f"{type(model.rollout_buffer).__name__} is no RolloutBuffer"
+    batch_size, minibatches = _sizes(model)
     products = sum(parameter.numel() for parameter in model.policy.parameters()) * batch_size
     return "products of matrices take nearly all of its time" if products > WORTH * minibatches else ""
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Samples of a minibatch, and minibatches of an update."""
+    samples = model.rollout_buffer.buffer_size * model.rollout_buffer.n_envs
+    batch_size = min(int(model.batch_size or samples), samples)  # NumPy's small integers would overflow
+    return batch_size, model.n_epochs * math.ceil(samples / batch_size)
 
 
 def given_up(model: Any) -> str:
@@ -159,13 +182,10 @@ def _reasons_in(policy: Any) -> Iterator[str]:
 
 def _reason_in_functions() -> str:
     """A function that modules call, and that somebody has replaced."""
-    if is_patched(policies, "preprocess_obs") or is_patched(policies.BaseModel, "extract_features"):
-        return "a function of Stable-Baselines3's policies was replaced"
     built_in = (nn.functional.linear, nn.functional.gelu, nn.functional.softplus, th.tanh, th.sigmoid)
-    if is_patched(nn.Module, "__call__", "_call_impl"):
-        return "the call of torch's modules was replaced"
-    if is_patched(nn.functional, "relu", "elu", "leaky_relu", "silu") or {*map(type, built_in)} != {BuiltinFunctionType}:
-        return "a function of torch was replaced"
+    replaced = any(is_patched(owner, *names) for owner, names in _FUNCTIONS.items())
+    if replaced or {*map(type, built_in)} != {BuiltinFunctionType}:
+        return "a function of torch or Stable-Baselines3 was replaced"
     return ""
 
 
@@ -176,8 +196,9 @@ def structure_of(policy: Any) -> tuple[Any, ...]:
     :param policy: the policy
     :return: its modules and their settings, such as a negative slope, and its parameters
     """
-    modules = list(policy.modules())
-    return (*map(id, modules), *(module.extra_repr() for module in modules), *map(id, policy.parameters()))
+    # The place in memory of a module that is no more may be that of a later one, of another type.
+    modules = [(id(module), type(module), module.extra_repr()) for module in policy.modules()]
+    return (*modules, *map(id, policy.parameters()))
 
 
 def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
@@ -186,8 +207,8 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
 
     :param model: an algorithm of this package, with nothing against graphs
     :param update: what does not change during the update
-    :return: a function of what ``model._loss`` takes, which returns that, or the gradients of all parameters in place of the
-        loss
+    :return: a function of what ``model._minibatch_loss`` takes, which returns that, or the gradients of all parameters in
+        place of the loss
     """
     graphs = _GRAPHS.setdefault(model, Graphs())
     parameters = list(model.policy.parameters())
@@ -199,37 +220,39 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
     of_rollout = (update.snapshot, update.positions, update.ratio_bounds, update.ages, update.replayed)
     needs_indices = any(each is not None for each in of_rollout)
     ready: dict[int, Callable[..., Any]] = {}
+    left = _sizes(model)[1]
     if len(graphs.uses) > 1000:  # numbers that change with every update
         graphs.uses.clear()
 
     def compute(rollout_data: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch]:
+        nonlocal left
+        left -= 1
         size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
-        if size not in ready:
-            if (run := make_ready(rollout_data, indices)) is None:
-                return model._loss(rollout_data, indices, update)
+        if size not in ready and not graphs.given_up and (run := make_ready(rollout_data, indices)) is not None:
             ready[size] = run
+        # The last one eagerly, so that the policy holds its distribution after the update, which others may look at.
+        if size not in ready or left == 0:
+            return model._minibatch_loss(rollout_data, indices, update)
         return ready[size](rows_of(rollout_data, indices if needs_indices else None))
 
+    @th.random.fork_rng(devices=())  # what nobody knows of may draw random numbers
     def make_ready(rollout_data: Any, indices: th.Tensor | None) -> Callable[..., Any] | None:
         """A graph that has just given the bits of the eager loss; None if there is none, or none yet."""
-        if graphs.given_up or type(rollout_data) not in SAMPLES:  # of a buffer of the user's own
+        if not _are_plain(rollout_data):
             return None
         rows = rows_of(rollout_data, indices if needs_indices else None)
         of_constants = (constant.dtype for constant in constants)
         key = (numbers, structure, *((row.shape, row.dtype) for row in rows), *of_constants)
-        graphs.uses[key] = graphs.uses.get(key, 0) + 1
-        if graphs.uses[key] <= WARM_UP:
-            return None
-        if key not in graphs.traced and len(graphs.traced) == MOST_GRAPHS:
-            graphs.given_up = "what the loss depends on changes too often"
+        if not _is_due(graphs, key):
             return None
         # The policy is still that of the rollout, so that no ratio is near a bound; moved, some are, on each side.
         moved = _moved(rollout_data)
         asked = (
             coefficient if coefficient.is_constant else Answering(coefficient, example_answer(coefficient, moved.advantages))
         )
-        loss, minibatch = model._loss(moved, indices, update._replace(coefficient=asked))
-        eager = (th.autograd.grad(loss, parameters), minibatch, getattr(asked, "given", {}))
+        if (eager := _eager(model, moved, indices, update._replace(coefficient=asked))) is None:
+            graphs.given_up = "the loss does not depend on a parameter of the policy"
+            return None
         try:
             if key not in graphs.traced:
                 graphs.traced[key] = _traced(model, rollout_data, varied, rows, constants)
@@ -258,6 +281,30 @@ def _why_not_traced(error: Exception) -> str:
         raise error
     first_line = next(iter(str(error).splitlines()), "")
     return f"it cannot be traced ({type(error).__name__}: {first_line})"
+
+
+def _is_due(graphs: Graphs, key: Any) -> bool:
+    """Whether enough minibatches that could use a graph have been computed without."""
+    graphs.uses[key] = graphs.uses.get(key, 0) + 1
+    if graphs.uses[key] <= WARM_UP:
+        return False
+    if key not in graphs.traced and len(graphs.traced) == MOST_GRAPHS:
+        graphs.given_up = "what the loss depends on changes too often"
+    return not graphs.given_up
+
+
+def _are_plain(rollout_data: Any) -> bool:
+    """Whether these are samples as SB3's buffers make them: those of a user's own may lead to something that learns, too."""
+    return type(rollout_data) in SAMPLES and not any(row.requires_grad for row in rows_of(rollout_data, None))
+
+
+def _eager(model: Any, samples: Any, indices: th.Tensor | None, update: Any) -> tuple[Any, Minibatch, dict[str, Any]] | None:
+    """Gradients of all parameters, what is logged, and what the coefficient is given; None if a parameter has no gradient."""
+    loss, minibatch = model._minibatch_loss(samples, indices, update)
+    gradients = th.autograd.grad(loss, list(model.policy.parameters()), allow_unused=True)
+    if any(gradient is None for gradient in gradients):
+        return None
+    return gradients, minibatch, getattr(update.coefficient, "given", {})
 
 
 def _varied(update: Any, graphs: Graphs) -> Any:

@@ -59,10 +59,16 @@ def optimizer_step(
         optimizer.step()
         return norm
 
+    def before_saving(_: Any) -> None:
+        if one is not None:
+            one.leave_moments()
+
+    saving = optimizer.register_state_dict_pre_hook(before_saving)  # the handler of a signal may save the model
     with _fused(optimizer) if fused else nullcontext():
         try:
             yield step
         finally:
+            saving.remove()
             if one is not None:
                 one.leave()
 
@@ -104,9 +110,9 @@ def _fused(optimizer: th.optim.Optimizer) -> Iterator[None]:
 def _is_plain_adam(optimizer: th.optim.Optimizer) -> bool:
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW):
         return False
-    # With tensors in their place, torch calculates otherwise.
+    # With tensors in their place, or NumPy's numbers of single precision, torch calculates otherwise.
     numbers = (number for group in optimizer.param_groups for number in (group["lr"], *group["betas"]))
-    return not any(isinstance(number, th.Tensor) for number in numbers)
+    return all(isinstance(number, (int, float)) for number in numbers)
 
 
 def _share_memory(parameters: Sequence[th.nn.Parameter]) -> bool:
@@ -209,7 +215,7 @@ class _OneTensor:
         self.steps = th.zeros((), dtype=_get_scalar_dtype(), device="cpu")
         self.adam: Callable[..., None] | None = None
         for position, state in enumerate(optimizer.state.get(parameter) for parameter in parameters):
-            if state is not None:
+            if state:  # not that of who has only looked into it, which adds an empty one
                 self.steps = state["step"].clone()
                 for name, (_, views) in self.averages.items():
                     views[position].copy_(state[name])
@@ -254,6 +260,15 @@ class _OneTensor:
     @th.no_grad()
     def leave(self) -> None:
         """Bring the optimizer's state and the gradients to where ordinary steps would have left them."""
+        self.leave_moments()
+        if self.last_gradients:
+            th._foreach_copy_(self.last_gradients, self.gradients)  # clipped, as they are after clip_grad_norm_
+            for parameter, gradient in zip(self.parameters, self.last_gradients, strict=True):
+                parameter.grad = gradient
+
+    @th.no_grad()
+    def leave_moments(self) -> None:
+        """Bring the optimizer's state to where ordinary steps would have left it."""
         if self.steps == 0:
             return
         for position, parameter in enumerate(self.parameters):
@@ -264,7 +279,3 @@ class _OneTensor:
                     state[name].copy_(value)
             else:
                 state.update({name: value.clone() for name, value in learned.items()})
-        if self.last_gradients:
-            th._foreach_copy_(self.last_gradients, self.gradients)  # clipped, as they are after clip_grad_norm_
-            for parameter, gradient in zip(self.parameters, self.last_gradients, strict=True):
-                parameter.grad = gradient

@@ -43,7 +43,7 @@ def constants_of(update: Any) -> list[th.Tensor]:
 
 
 def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Sequence[th.Tensor]) -> tuple[Any, Any, Any]:
-    """The arguments of ``_loss``, of what :func:`rows_of` and :func:`constants_of` have made of them."""
+    """The arguments of ``_minibatch_loss``, of what :func:`rows_of` and :func:`constants_of` have made of them."""
     row, constant = iter(rows), iter(constants)
     values = [{key: next(row) for key in value} if isinstance(value, dict) else next(row) for value in example]
     update = update._replace(clip_range=next(constant))
@@ -68,12 +68,12 @@ def _rebuilt(example: Any, update: Any, rows: Sequence[th.Tensor], constants: Se
 
 
 class _Loss(nn.Module):
-    """``_loss`` of a model as a module, of which the parameters can be replaced."""
+    """``_minibatch_loss`` of a model as a module, of which the parameters can be replaced."""
 
     def __init__(self, model: Any):
         super().__init__()
         self.policy = model.policy
-        self.loss = model._loss
+        self.loss = model._minibatch_loss
 
     def forward(self, *args: Any) -> Any:
         return self.loss(*args)
