@@ -239,8 +239,8 @@ def test_the_identity_check_compares_the_traced_update() -> None:
 
 
 def test_a_short_training_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "WARM_UP", 6)
-    learner = model(batch_size=64)  # two minibatches of one size in each update
+    monkeypatch.setattr(graph, "WARM_UP", 3)
+    learner = model(batch_size=64)  # two minibatches of one size in each update, of which the last is always eager
     assert not traced(learner.learn(3 * 64))
     assert len(traced(learner.learn(64, reset_num_timesteps=False))) == 1
 

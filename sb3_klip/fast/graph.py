@@ -228,17 +228,17 @@ def graph_loss(model: Any, update: Any) -> Callable[..., tuple[Any, Minibatch]]:
         nonlocal left
         left -= 1
         size = len(rollout_data.advantages)  # within one update, all else is the same for minibatches of one size
-        if size not in ready and not graphs.given_up and (run := make_ready(rollout_data, indices)) is not None:
-            ready[size] = run
-        # The last one eagerly, so that the policy holds its distribution after the update, which others may look at.
-        if size not in ready or left == 0:
+        # The last one is computed eagerly, so that the policy holds its distribution afterwards, as others may expect.
+        run = ready.get(size) or make_ready(rollout_data, indices) if left else None
+        if run is None:
             return model._minibatch_loss(rollout_data, indices, update)
-        return ready[size](rows_of(rollout_data, indices if needs_indices else None))
+        ready[size] = run
+        return run(rows_of(rollout_data, indices if needs_indices else None))
 
     @th.random.fork_rng(devices=())  # what nobody knows of may draw random numbers
     def make_ready(rollout_data: Any, indices: th.Tensor | None) -> Callable[..., Any] | None:
         """A graph that has just given the bits of the eager loss; None if there is none, or none yet."""
-        if not _are_plain(rollout_data):
+        if graphs.given_up or not _are_plain(rollout_data):
             return None
         rows = rows_of(rollout_data, indices if needs_indices else None)
         of_constants = (constant.dtype for constant in constants)
