@@ -175,11 +175,12 @@ def _gaussian(
     noise, centre = th.empty_like(mean).normal_().numpy(), mean.numpy()
     actions = centre + noise * std
     distance = actions - centre
-    log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI  # of the precision of the others
+    log_prob = -(distance * distance) / twice_variance - log_std - _LOG_SQRT_2_PI
     _check_action(np.isfinite(log_prob), "log-probability", log_prob)
     return actions, th.from_numpy(log_prob).sum(dim=1)
 
 
+# As a number of Python, which takes the precision of the arrays that it is subtracted from.
 _LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 
 
